@@ -1,0 +1,103 @@
+"""quantkit: post-training quantization of causal language models.
+
+    import quantkit
+
+    quantkit.quantize("builtin", "out")              # the twin of the command `quantkit quantize`
+    model = quantkit.load("out")                     # a transformers model with QuantLinear layers
+    quantkit.replace_linears(module, "w8a16")        # any torch module, in place
+
+Importing this package imports neither torch nor transformers; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quantkit.calibration import CalibrationSpec
+    from quantkit.errors import (
+        CalibrationError,
+        CheckpointError,
+        HessianError,
+        InputError,
+        InterruptedRunError,
+        KernelError,
+        OutputError,
+        QuantkitError,
+        RecipeError,
+        SchemeError,
+    )
+    from quantkit.evaluation import EvalSpec, Evaluation, evaluate
+    from quantkit.linear import QuantLinear, replace_linears
+    from quantkit.loader import load
+    from quantkit.qtensor import QuantizedTensor
+    from quantkit.recipe import Recipe, Rule
+    from quantkit.run import Result, quantize
+    from quantkit.scheme import QuantScheme, parse_scheme
+    from quantkit.solvers import GPTQ, RTN
+
+_HOMES = {
+    "calibration": ("CalibrationSpec",),
+    "errors": (
+        "CalibrationError",
+        "CheckpointError",
+        "HessianError",
+        "InputError",
+        "InterruptedRunError",
+        "KernelError",
+        "OutputError",
+        "QuantkitError",
+        "RecipeError",
+        "SchemeError",
+    ),
+    "evaluation": ("EvalSpec", "Evaluation", "evaluate"),
+    "linear": ("QuantLinear", "replace_linears"),
+    "loader": ("load",),
+    "qtensor": ("QuantizedTensor",),
+    "recipe": ("Recipe", "Rule"),
+    "run": ("Result", "quantize"),
+    "scheme": ("QuantScheme", "parse_scheme"),
+    "solvers": ("GPTQ", "RTN"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "CalibrationError",
+    "CalibrationSpec",
+    "CheckpointError",
+    "EvalSpec",
+    "Evaluation",
+    "HessianError",
+    "InputError",
+    "InterruptedRunError",
+    "KernelError",
+    "OutputError",
+    "QuantLinear",
+    "QuantScheme",
+    "QuantizedTensor",
+    "QuantkitError",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "Rule",
+    "SchemeError",
+    "evaluate",
+    "load",
+    "parse_scheme",
+    "quantize",
+    "replace_linears",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    return getattr(import_module(f"quantkit.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,73 @@
+"""What differs between model families, as data, and what can be discovered from the modules themselves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# Layers that serving engines fuse into one matrix (vLLM's packed_modules_mapping): they must share one scheme.
+FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+_INDEX = re.compile(r"\.\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """The decoder blocks of a model: ``path.0``, ``path.1``, …"""
+
+    path: str
+    blocks: tuple[nn.Module, ...]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is ``x Wᵀ + b``: nn.Linear, or transformers' Conv1D, which holds W transposed."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module holds its weight as [in, out] (transformers' Conv1D, of GPT-2)."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def find_linears(module: nn.Module) -> dict[str, nn.Module]:
+    """All linear modules below ``module``, by name."""
+    return {name: child for name, child in module.named_modules() if is_linear(child)}
+
+
+def find_blocks(model: nn.Module) -> BlockList | None:
+    """The decoder blocks: the one outermost list of modules that hold Linears.
+
+    Args:
+        model: a causal language model, on any device.
+
+    Returns:
+        None when there is no such list or more than one.
+    """
+    found = [
+        BlockList(name, tuple(module.children()))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and not _INDEX.search(f".{name}.")
+        and find_linears(module)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def unequal_fused(schemes: dict[str, object]) -> list[str]:
+    """Groups of layers that engines fuse but whose schemes differ, as text; ``None`` stands for not quantized."""
+    problems = []
+    for group in FUSED_GROUPS:
+        for name in schemes:
+            stem, _, leaf = name.rpartition(".")
+            members = [f"{stem}.{other}" for other in group]
+            if leaf == group[0] and len({str(schemes[m]) for m in members if m in schemes}) > 1:
+                problems.append(", ".join(f"{m}: {schemes.get(m) or 'not quantized'}" for m in members if m in schemes))
+    return problems
+
+
+def collapsed_name(name: str) -> str:
+    """A module name with its indices replaced by ``*``: ``model.layers.*.mlp.up_proj``."""
+    return _INDEX.sub(".*", name)

@@ -1,0 +1,218 @@
+"""What flows into the decoder blocks and into the layers inside of them.
+
+The hidden states are captured in front of the first block. All other arguments of a block (masks, position embeddings)
+depend on its place and on the sequence length only, and differ between blocks in families with sliding windows; they
+are recorded for every block from one pass of the model in which each block hands its input on unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import CalibrationError, CheckpointError, message
+from quantkit.skeleton import Skeleton
+from quantkit.stats import LayerStats, Stat
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """A block's arguments besides the hidden states, which come first or under their keyword."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states, of the shape of ``hidden``."""
+        if self.by_keyword:
+            output = block(*self.args, hidden_states=hidden, **self.kwargs)
+        else:
+            output = block(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """Nothing after this point of the forward pass is needed."""
+
+
+class _ReturnsTuple(Exception):  # noqa: N818
+    """The model takes element 0 of what a block returns."""
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place, records its call and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, recording: _Recording, index: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "_stands_for", block)  # not as a submodule
+        self._recording, self._index = recording, index
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # model code reads plain attributes of its blocks, such as attention_type
+            return getattr(self.__dict__["_stands_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._recording.seen(self._index, args, kwargs)
+
+
+@dataclass
+class _Recording:
+    """One forward pass through recorders; ``first_only`` stops in front of the first block."""
+
+    num_blocks: int
+    first_only: bool
+    as_tuple: bool
+    hidden: Tensor | None = None
+    calls: list[BlockCall] = field(default_factory=list)
+
+    def seen(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        by_keyword = not args
+        hidden = kwargs["hidden_states"] if by_keyword else args[0]
+        if self.hidden is None:
+            self.hidden = hidden
+        elif hidden.shape != self.hidden.shape:
+            raise _ReturnsTuple
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        self.calls.append(BlockCall(() if by_keyword else args[1:], rest, by_keyword))
+        if self.first_only or index == self.num_blocks - 1:
+            raise _Stop
+        return (hidden,) if self.as_tuple else hidden
+
+
+@dataclass
+class BlockInputs:
+    """Every block's calls, by sequence length; filled while the first hidden states are captured."""
+
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def first_hidden(self, skeleton: Skeleton, tokens: Tensor) -> Tensor:
+        """The hidden states that enter block 0.
+
+        Args:
+            skeleton: all parameters outside of the blocks must be materialized.
+            tokens: int64 [1, length], on the model's device.
+
+        Returns:
+            [1, length, hidden].
+        """
+        length = int(tokens.shape[1])
+        first_only = length in self.calls
+        try:
+            recording = _record(skeleton, tokens, first_only, as_tuple=False)
+        except _ReturnsTuple:
+            recording = _record(skeleton, tokens, first_only, as_tuple=True)
+        if recording.hidden is None:
+            raise CheckpointError(
+                message(skeleton.block_path, "the model never calls its blocks", "quantkit cannot run it")
+            )
+        if not first_only:
+            self.calls[length] = recording.calls
+        return recording.hidden
+
+    def run(self, skeleton: Skeleton, index: int, hidden: Tensor) -> Tensor:
+        """The output of block ``index`` for ``hidden`` [1, length, hidden]."""
+        return self.calls[int(hidden.shape[1])][index].run(skeleton.blocks[index], hidden)
+
+
+def _record(skeleton: Skeleton, tokens: Tensor, first_only: bool, as_tuple: bool) -> _Recording:
+    recording = _Recording(len(skeleton.blocks), first_only, as_tuple)
+    with _replaced_blocks(skeleton, recording), suppress(_Stop):
+        skeleton.model(input_ids=tokens, use_cache=False)
+    return recording
+
+
+@contextmanager
+def _replaced_blocks(skeleton: Skeleton, recording: _Recording) -> Iterator[None]:
+    holder = skeleton.model.get_submodule(skeleton.block_path)
+    for index, block in enumerate(skeleton.blocks):
+        holder._modules[str(index)] = _Recorder(block, recording, index)
+    try:
+        yield
+    finally:
+        for index, block in enumerate(skeleton.blocks):
+            holder._modules[str(index)] = block
+
+
+class Measurement:
+    """Statistics of a block's linear layers, gathered by hooks while the block runs.
+
+    Layers that are called with the same tensor share one :class:`LayerStats`.
+
+    Attributes:
+        inputs: layer -> the statistics of its input.
+        output_energy: layer -> Σ y² over all tokens and outputs, bias left out (float).
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], needs: frozenset[Stat]) -> None:
+        self.inputs: dict[str, LayerStats] = {}
+        self.output_energy: dict[str, float] = dict.fromkeys(linears, 0.0)
+        self._linears, self._needs = linears, needs
+        self._leaders: dict[str, bool] = {}
+        self._live: list[tuple[Tensor, str]] = []  # inputs of the first pass, held so that no address is used twice
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Gather statistics from every forward pass inside."""
+        handles = []
+        for name, module in self._linears.items():
+            handles.append(module.register_forward_hook(self._hook(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_pass(self) -> None:
+        """One forward pass of the block is over: who shares an input with whom is known from here on."""
+        self._live.clear()
+
+    def groups(self) -> list[list[str]]:
+        """Layers by shared input, in the order of the block.
+
+        Raises:
+            CalibrationError: a layer that never ran.
+        """
+        idle = [name for name in self._linears if name not in self.inputs]
+        if idle:
+            raise CalibrationError(
+                message(
+                    idle[0],
+                    "never ran on the calibration data",
+                    "give it method rtn or skip it by a rule in the recipe",
+                )
+            )
+        by_stats: dict[int, list[str]] = {}
+        for name in self._linears:
+            by_stats.setdefault(id(self.inputs[name]), []).append(name)
+        return list(by_stats.values())
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0]
+            if name not in self.inputs:
+                leader = next((other for tensor, other in self._live if _same(tensor, x)), None)
+                self._leaders[name] = leader is None
+                self.inputs[name] = self.inputs[leader] if leader else LayerStats(x.shape[-1], self._needs, x.device)
+                self._live.append((x, name))
+            if self._leaders[name]:
+                self.inputs[name].update(x)
+            bias = getattr(module, "bias", None)
+            energy = (output if bias is None else output - bias).float().square_().sum(dtype=torch.float64)
+            self.output_energy[name] += float(energy)
+
+        return hook
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )

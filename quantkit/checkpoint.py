@@ -1,0 +1,335 @@
+"""Reading and writing model directories: safetensors only, lazily and in bounded memory, atomically.
+
+Directories come from strangers, so file names, headers and sizes are checked before anything is read from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit.errors import CheckpointError, InterruptedRunError, message
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_MAX_JSON_BYTES = 256 * 2**20
+_TAIL_BYTES = 2**20
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a safetensors header says of a tensor."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A model directory: its config and the headers of its tensors; the tensors themselves are read on demand.
+
+    Attributes:
+        path: the directory.
+        config: config.json.
+        tensors: name -> TensorInfo, in sorted order.
+
+    Raises:
+        CheckpointError: missing, unreadable, truncated or contradictory files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG, missing="a model directory holds config.json and *.safetensors files")
+        self.tensors = dict(sorted(_read_headers(path).items()))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the safetensors files, sorted."""
+        return tuple(sorted({info.file for info in self.tensors.values()}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of most floating-point parameters, and float32 in place of float64."""
+        counts: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            if info.dtype.is_floating_point:
+                counts[info.dtype] = counts.get(info.dtype, 0) + info.numel
+        common = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+        return torch.float32 if common == torch.float64 else common
+
+    def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Read these tensors into memory of their own (no mapped pages stay behind).
+
+        Args:
+            names: tensor names; a name that is not there is a KeyError.
+            device: where to.
+
+        Raises:
+            CheckpointError: unreadable, or a floating-point tensor that holds NaN or inf.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            with _opened(self.path / file) as handle:
+                for name in members:
+                    tensor = handle.get_tensor(name).clone()
+                    check_finite(f"{self.path / file}: {name}", tensor)
+                    found[name] = tensor.to(device)
+        return found
+
+    def fingerprint(self) -> str:
+        """sha256 over config.json and over the size, the header and the last MiB of every safetensors file."""
+        sha = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for file in self.files:
+            path = self.path / file
+            size = path.stat().st_size
+            sha.update(f"{file} {size}".encode())
+            with path.open("rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                sha.update(handle.read(length))
+                handle.seek(max(size - _TAIL_BYTES, 0))
+                sha.update(handle.read())
+        return sha.hexdigest()
+
+    def other_files(self) -> tuple[Path, ...]:
+        """Small files to carry along: all but the weights, their index and the config; no directories, no pickles."""
+        skipped = {CONFIG, INDEX, *self.files}
+        pickles = {p.name for pattern in _PICKLES for p in self.path.glob(pattern)}
+        return tuple(
+            p
+            for p in sorted(self.path.iterdir())
+            if p.is_file() and p.name not in skipped | pickles and not p.name.endswith((".safetensors", ".gguf"))
+        )
+
+
+def check_finite(where: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or inf.
+
+    Raises:
+        CheckpointError: it holds one.
+    """
+    if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            message(where, f"{bad} of {tensor.numel()} values are NaN or inf", "repair or re-download the model")
+        )
+
+
+def read_json(path: Path, *, missing: str) -> dict[str, Any]:
+    """A JSON object from a file of at most 256 MiB.
+
+    Args:
+        path: the file.
+        missing: what to tell the user to do when it is not there.
+
+    Raises:
+        CheckpointError: not there, too large, or not a JSON object.
+    """
+    if not path.is_file():
+        raise CheckpointError(message(str(path.parent), f"{path.name} is missing", missing))
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(
+            message(str(path), f"has {path.stat().st_size} bytes", f"at most {_MAX_JSON_BYTES} are read")
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(
+            message(str(path), f"is not readable JSON ({error})", "repair or re-download it")
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(message(str(path), "is not a JSON object", "repair or re-download it"))
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: it holds either what it held before or all of ``data``.
+
+    Raises:
+        InterruptedRunError: the disk is full or refuses.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically, on stable storage when this returns.
+
+    Raises:
+        InterruptedRunError: the disk is full or refuses.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, part, metadata={"format": "pt"})
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(path)
+        _sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise _disk_error(path, error) from error
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write ``model.safetensors.index.json`` into the directory ``path``."""
+    write_json(path / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _disk_error(path: Path, error: Exception) -> InterruptedRunError:
+    return InterruptedRunError(
+        message(str(path), f"cannot be written ({error})", "free disk space or choose another --output")
+    )
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    weight_map = _weight_map(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+        for name, info in read_header(path / file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    message(str(path), f"{name} stands in {tensors[name].file} and in {file}", "keep one of them")
+                )
+            tensors[name] = info
+    lost = sorted(
+        name for name, file in (weight_map or {}).items() if tensors.get(name) is None or tensors[name].file != file
+    )
+    if lost:
+        raise CheckpointError(
+            message(
+                str(path / INDEX),
+                f"{len(lost)} tensors are not where it says, such as {lost[0]}",
+                "re-download the model",
+            )
+        )
+    if not tensors:
+        raise CheckpointError(message(str(path), "its safetensors files hold no tensor", "re-download the model"))
+    return tensors
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """The index's weight map, its file names checked; None for a single file."""
+    if not (path / INDEX).is_file():
+        if (path / SINGLE).is_file():
+            return None
+        pickled = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+        what = (
+            f"only pickled weights are there ({', '.join(pickled[:3])}), which can run code when opened"
+            if pickled
+            else "no weights"
+        )
+        raise CheckpointError(message(str(path), what, f"give a directory with {SINGLE} or {INDEX}"))
+    weight_map = read_json(path / INDEX, missing="").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            message(str(path / INDEX), "has no weight_map of names to files", "re-download the model")
+        )
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                message(
+                    str(path / INDEX),
+                    f"names the file {file!r}",
+                    "only *.safetensors files in the same directory are read",
+                )
+            )
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of one safetensors file.
+
+    Raises:
+        CheckpointError: truncated, padded, or a dtype that is not read.
+    """
+    with _opened(path) as handle:
+        found = {}
+        for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+            part = handle.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    message(
+                        f"{path}: {name}",
+                        f"dtype {part.get_dtype()} is not read",
+                        f"convert it to one of {', '.join(_DTYPES)}",
+                    )
+                )
+            found[name] = TensorInfo(path.name, dtype, tuple(part.get_shape()))
+        return found
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        raise CheckpointError(
+            message(str(path), f"is not a whole safetensors file ({error}; {size})", "re-download or repair it")
+        ) from error

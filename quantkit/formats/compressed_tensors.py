@@ -1,0 +1,226 @@
+"""compressed-tensors, format pack-quantized: what vLLM, SGLang and transformers load (weight-only, 2 to 8 bits)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from quantkit.errors import CheckpointError, SchemeError, message
+from quantkit.packing import pack, packed_words, unpack
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+
+_VERSION = "0.17.0"  # of the config's layout, as its readers know it
+_WHERE = "config.json: quantization_config"
+
+
+class _Weights(BaseModel):
+    """One group's weight arguments; keys that do not change the decoded weight are let through."""
+
+    model_config = ConfigDict(extra="ignore")
+    num_bits: int
+    type: Literal["int"] = "int"
+    symmetric: bool = True
+    strategy: Literal["group", "channel"]
+    group_size: int | None = None
+    actorder: str | bool | None = None
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    targets: list[str]
+    weights: _Weights
+    input_activations: dict[str, Any] | None = None
+    output_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    quant_method: Literal["compressed-tensors"]
+    format: str = "pack-quantized"
+    ignore: list[str] = []
+    config_groups: dict[str, _Group]
+
+
+class CompressedTensors:
+    """``weight_packed`` int32 [N, ⌈K·b/32⌉], ``weight_scale`` [N, groups], ``weight_shape`` int64 [2], and for
+    asymmetric grids ``weight_zero_point`` int32 [⌈N·b/32⌉, groups], for a layer of N rows and K columns.
+    """
+
+    name: ClassVar[str] = "compressed-tensors"
+
+    def why_not(self, scheme: QuantScheme) -> str | None:
+        """See :class:`quantkit.formats.base.CheckpointFormat`; the format holds every weight-only scheme."""
+        return None if scheme.act_bits is None else "pack-quantized holds weight-only schemes"
+
+    def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        """See :class:`quantkit.formats.base.CheckpointFormat`.
+
+        Raises:
+            SchemeError: reordered groups (g_idx), which the current readers of the format refuse.
+        """
+        if q.g_idx is not None:
+            raise SchemeError(message(self.name, "reordered groups (g_idx) are not written", "use static groups"))
+        bits = q.scheme.bits
+        tensors = {
+            "weight_packed": pack(q.codes, bits),
+            "weight_scale": q.scale.contiguous(),
+            "weight_shape": torch.tensor([q.out_features, q.in_features], dtype=torch.int64, device=q.codes.device),
+        }
+        if not q.scheme.symmetric:
+            tensors["weight_zero_point"] = pack(q.zero_point.T, bits).T.contiguous()
+        return tensors
+
+    def decode(
+        self, where: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """See :class:`quantkit.formats.base.CheckpointFormat`."""
+        rows, columns = shape
+        groups = scheme.num_groups(columns)
+        expected: dict[str, tuple[list[int], tuple[torch.dtype, ...]]] = {
+            "weight_packed": ([rows, packed_words(columns, scheme.bits)], (torch.int32,)),
+            "weight_scale": ([rows, groups], (torch.bfloat16, torch.float16, torch.float32)),
+        }
+        if not scheme.symmetric:
+            expected["weight_zero_point"] = ([packed_words(rows, scheme.bits), groups], (torch.int32,))
+        for name, (size, dtypes) in expected.items():
+            _check(where, name, tensors.get(name), size, dtypes)
+        stored = tensors.get("weight_shape")
+        if stored is not None and stored.flatten().tolist() != [rows, columns]:
+            raise CheckpointError(
+                message(
+                    f"{where}.weight_shape",
+                    f"says {stored.flatten().tolist()}",
+                    f"the model's layer is {[rows, columns]}",
+                )
+            )
+        scale = tensors["weight_scale"]
+        if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
+            raise CheckpointError(message(f"{where}.weight_scale", "holds NaN, inf or 0", "write the checkpoint again"))
+        if scheme.symmetric:
+            zero_point = torch.full((rows, groups), scheme.mid, dtype=torch.uint8, device=scale.device)
+        else:
+            zero_point = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, rows).T.contiguous()
+        return QuantizedTensor(unpack(tensors["weight_packed"], scheme.bits, columns), scale, zero_point, scheme)
+
+    def write_config(self, schemes: Mapping[str, QuantScheme], skipped: tuple[str, ...]) -> dict[str, Any]:
+        """See :class:`quantkit.formats.base.CheckpointFormat`.
+
+        The commonest scheme targets the class Linear, the others their modules by name: readers take the first
+        group that matches, and look at names before classes.
+        """
+        counts: dict[QuantScheme, int] = {}
+        for scheme in schemes.values():
+            counts[scheme] = counts.get(scheme, 0) + 1
+        order = sorted(counts, key=lambda scheme: counts[scheme])
+        groups = {}
+        for index, scheme in enumerate(order):
+            names = ["Linear"] if scheme is order[-1] else [n for n, s in schemes.items() if s == scheme]
+            groups[f"group_{index}"] = {
+                "targets": names,
+                "weights": _weight_arguments(scheme),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        return {
+            "quant_method": self.name,
+            "version": _VERSION,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "ignore": list(skipped),
+            "kv_cache_scheme": None,
+            "sparsity_config": {},
+            "transform_config": {},
+            "config_groups": groups,
+        }
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """See :class:`quantkit.formats.base.CheckpointFormat`."""
+        return config.get("quant_method") == self.name
+
+    def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
+        """See :class:`quantkit.formats.base.CheckpointFormat`."""
+        try:
+            parsed = _Config.model_validate(dict(config))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (_WHERE, *first["loc"])))
+            raise CheckpointError(
+                message(where, str(first["msg"]), "quantkit reads weight-only integer groups of format pack-quantized")
+            ) from error
+        groups = [(group, _scheme(name, group, parsed.format)) for name, group in parsed.config_groups.items()]
+        found: dict[str, QuantScheme] = {}
+        for linear in linears:
+            if any(_matches(target, linear) for target in parsed.ignore):
+                continue
+            by_name = (s for g, s in groups if any(t != "Linear" and _matches(t, linear) for t in g.targets))
+            by_class = (s for g, s in groups if "Linear" in g.targets)
+            scheme = next(by_name, None) or next(by_class, None)
+            if scheme is not None:
+                found[linear] = scheme
+        return found
+
+
+def _weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "block_structure": None,
+        "scale_dtype": None,
+        "zp_dtype": None if scheme.symmetric else "torch.int8",
+    }
+
+
+def _scheme(name: str, group: _Group, default_format: str) -> QuantScheme:
+    where = f"{_WHERE}.config_groups.{name}"
+    if group.input_activations is not None or group.output_activations is not None:
+        raise CheckpointError(message(where, "quantizes activations", "quantkit runs weight-only groups"))
+    if (group.format or default_format) != "pack-quantized":
+        raise CheckpointError(
+            message(where, f"format {group.format or default_format!r}", "quantkit reads pack-quantized")
+        )
+    if group.weights.actorder == "group":
+        raise CheckpointError(message(where, "actorder 'group' (reordered groups)", "quantkit reads contiguous groups"))
+    size = group.weights.group_size if group.weights.strategy == "group" else None
+    if group.weights.strategy == "group" and size is None:
+        raise CheckpointError(message(where, "strategy 'group' without group_size", "state the group size"))
+    try:
+        return QuantScheme(group.weights.num_bits, size, symmetric=group.weights.symmetric)
+    except SchemeError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _matches(target: str, linear: str) -> bool:
+    """Whether a target (a module name or ``re:`` pattern; a class name is the caller's matter) means this module."""
+    if not target.startswith("re:"):
+        return target == linear
+    try:
+        return re.match(target[3:], linear) is not None
+    except re.error as error:
+        raise CheckpointError(
+            message(_WHERE, f"{target!r} is not a regular expression ({error})", "repair config.json")
+        ) from error
+
+
+def _check(where: str, name: str, tensor: Tensor | None, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor is None:
+        raise CheckpointError(message(f"{where}.{name}", "is missing", "re-download the checkpoint"))
+    if list(tensor.shape) != shape or tensor.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise CheckpointError(message(f"{where}.{name}", f"is {got}", f"config.json asks for {allowed} {shape}"))

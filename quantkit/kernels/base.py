@@ -1,0 +1,151 @@
+"""What every kernel backend is: quantized weight -> packed tensors -> products with activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.errors import KernelError, message
+from quantkit.grid import dequantize
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+
+# Weights that are dense at one time. Process CPU time of a product with one row of x (W4, bf16, 4096 x 4096, one core):
+# all at once 221 ms, by 2^22 weights 139, 2^21 57, 2^20 75, 2^18 155. Blocks that stay in the cache win.
+_BLOCK_WEIGHTS = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """Everything a backend may ask before it takes a layer; no tensors, hashable.
+
+    Attributes:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        scheme: bits, group size, symmetry.
+        dtype: floating-point dtype of the activations, in and out.
+        device_type: "cpu", "cuda", ...
+        has_g_idx: True when the columns of a group are not contiguous.
+    """
+
+    in_features: int
+    out_features: int
+    scheme: QuantScheme
+    dtype: torch.dtype
+    device_type: str
+    has_g_idx: bool = False
+
+    @classmethod
+    def of(cls, q: QuantizedTensor, dtype: torch.dtype) -> LinearSpec:
+        """The layer that ``q`` makes, where it is, for activations of ``dtype``."""
+        return cls(q.in_features, q.out_features, q.scheme, dtype, q.codes.device.type, q.g_idx is not None)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        g_idx = ", g_idx" if self.has_g_idx else ""
+        sizes = f"{self.in_features}, {self.out_features}"
+        return f"Linear({sizes}, {self.scheme}, {dtype}, {self.device_type}{g_idx})"
+
+
+class KernelBackend(Protocol):
+    """One way to multiply by a quantized weight. It has no state: what it keeps is in the packed tensors."""
+
+    name: ClassVar[str]
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        """Why this backend cannot run such a layer here, in words; None when it can."""
+        ...
+
+    def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """The tensors that the backend keeps: new ones, on ``q``'s device.
+
+        Raises:
+            KernelError: ``q`` is not the weight that ``spec`` describes, or its values break its scheme.
+        """
+        ...
+
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+        """``x @ Wᵀ``. Not differentiable; :class:`quantkit.linear.QuantLinear` is.
+
+        Args:
+            x: ``spec.dtype`` [..., in], any strides.
+            packed: what :meth:`prepack` returned.
+            spec: the layer.
+
+        Returns:
+            ``spec.dtype`` [..., out].
+        """
+        ...
+
+    def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
+        """The inverse of :meth:`prepack`: exact codes, scales and zero points."""
+        ...
+
+
+def check_weight(q: QuantizedTensor, spec: LinearSpec) -> None:
+    """Refuse a weight that a packed form would not hold.
+
+    Raises:
+        KernelError: sizes, scheme, device or g_idx other than ``spec``'s; codes that do not fit its bits; zero
+            points of a symmetric scheme that are not ``2**(bits-1)``.
+    """
+    given = LinearSpec.of(q, spec.dtype)
+    if given != spec:
+        raise KernelError(message("prepack", f"the weight makes {given}", f"give the weight of {spec}"))
+    if q.codes.numel() and int(q.codes.max()) >= spec.scheme.levels:
+        what = f"code {int(q.codes.max())} does not fit in {spec.scheme.bits} bits"
+        raise KernelError(message(str(spec), what, "quantize the weight again or repair its checkpoint"))
+    if spec.scheme.symmetric and not bool((q.zero_point == spec.scheme.mid).all()):
+        what = f"the scheme is symmetric and the zero points are not all {spec.scheme.mid}"
+        raise KernelError(message(str(spec), what, "describe the weight with symmetric=False"))
+
+
+def zero_point_rows(packed: Mapping[str, Tensor], scale: Tensor, scheme: QuantScheme, start: int) -> Tensor:
+    """Zero points of the rows of ``scale``: the stored ones, or the constant that a symmetric scheme does not store.
+
+    Args:
+        packed: holds ``zero_point`` uint8 [out, groups] where the scheme is asymmetric.
+        scale: [rows, groups].
+        scheme: symmetric or not.
+        start: the first of these rows in the layer.
+    """
+    if scheme.symmetric:
+        return torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
+    return packed["zero_point"][start : start + scale.shape[0]]
+
+
+def row_blocks(spec: LinearSpec, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows that cover a layer, each of about 2**21 weights.
+
+    Args:
+        spec: the layer.
+        multiple: every start is a multiple of it.
+    """
+    rows = max(1, _BLOCK_WEIGHTS // max(1, spec.in_features * multiple)) * multiple
+    for start in range(0, spec.out_features, rows):
+        yield start, min(start + rows, spec.out_features)
+
+
+def linear_by_rows(
+    x: Tensor, rows: Callable[[int, int], QuantizedTensor], spec: LinearSpec, multiple: int = 1
+) -> Tensor:
+    """Dequantize and multiply block by block, so that no layer is ever dense as a whole.
+
+    Args:
+        x: ``spec.dtype`` [tokens, in].
+        rows: gives the quantized weight of output rows ``start:stop``.
+        spec: the layer.
+        multiple: every start is a multiple of it.
+
+    Returns:
+        ``spec.dtype`` [tokens, out].
+    """
+    y = x.new_empty(x.shape[0], spec.out_features)
+    for start, stop in row_blocks(spec, multiple):
+        y[:, start:stop] = linear(x, dequantize(rows(start, stop), spec.dtype))
+    return y

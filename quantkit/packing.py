@@ -1,0 +1,67 @@
+"""Bit packing: the only shifts outside of the kernels. Pure functions, little-endian bit order (low bits first)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 32
+
+
+def packed_words(length: int, bits: int) -> int:
+    """int32 words that hold ``length`` codes of ``bits`` bits as one dense bit stream."""
+    return -(-length * bits // _WORD)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last dimension into a dense bit stream; codes of 3, 5, 6 and 7 bits cross words.
+
+    Args:
+        codes: uint8 [rows, length], each below ``2**bits``.
+        bits: 1 to 8.
+
+    Returns:
+        int32 [rows, ceil(length * bits / 32)]; unused high bits of the last word are zero.
+    """
+    rows, length = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -length % _WORD)).view(rows, -1, _WORD)
+    words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
+    for position in range(_WORD):
+        word, shift = divmod(position * bits, _WORD)
+        value = padded[:, :, position].to(torch.int64) << shift
+        words[:, :, word] |= value & 0xFFFFFFFF
+        if shift + bits > _WORD:
+            words[:, :, word + 1] |= value >> _WORD
+    flat = words.view(rows, -1)[:, : packed_words(length, bits)]
+    return torch.where(flat >= 1 << 31, flat - (1 << 32), flat).to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, length: int) -> Tensor:
+    """The inverse of :func:`pack`.
+
+    Args:
+        words: int32 [rows, ceil(length * bits / 32)].
+        bits: 1 to 8.
+        length: codes in a row.
+
+    Returns:
+        uint8 [rows, length].
+
+    Raises:
+        ValueError: ``words`` is not int32 of that shape.
+    """
+    rows = words.shape[0]
+    if words.dtype != torch.int32 or list(words.shape) != [rows, packed_words(length, bits)]:
+        raise ValueError(
+            f"packed words must be int32 [{rows}, {packed_words(length, bits)}] for {length} codes of {bits} bits, "
+            f"not {words.dtype} {list(words.shape)}"
+        )
+    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(rows, -1, bits)
+    codes = torch.empty(rows, padded.shape[1], _WORD, dtype=torch.uint8, device=words.device)
+    for position in range(_WORD):
+        word, shift = divmod(position * bits, _WORD)
+        value = (padded[:, :, word].to(torch.int64) & 0xFFFFFFFF) >> shift
+        if shift + bits > _WORD:
+            value = value | ((padded[:, :, word + 1].to(torch.int64) & 0xFFFFFFFF) << (_WORD - shift))
+        codes[:, :, position] = (value & ((1 << bits) - 1)).to(torch.uint8)
+    return codes.view(rows, -1)[:, :length].contiguous()

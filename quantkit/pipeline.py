@@ -1,0 +1,313 @@
+"""The sequential loop: one decoder block at a time is read, run, measured, solved, packed, written and freed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.activations import Activations
+from quantkit.arch import is_transposed
+from quantkit.capture import BlockInputs, Measurement
+from quantkit.errors import CheckpointError, HessianError, message
+from quantkit.grid import dequantize
+from quantkit.plan import LayerPlan, Plan
+from quantkit.qtensor import QuantizedTensor
+from quantkit.report import LayerDone, LayerRecord, Observer, Stage, Step, decibels
+from quantkit.skeleton import Skeleton, assign, release
+from quantkit.solvers import Solution
+from quantkit.staging import Staging
+from quantkit.stats import LayerStats
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLayer:
+    """A layer's quantized weight and what is reported of it."""
+
+    weight: QuantizedTensor
+    record: LayerRecord
+
+
+class Pipeline:
+    """One run over all blocks.
+
+    Args:
+        plan: what to do.
+        samples: int64 [length] token ids each; empty when no solver measures anything.
+        staging: where finished shards go; the shards that are there are not solved again.
+        device: where blocks run and are solved.
+        observer: told of every step.
+    """
+
+    def __init__(
+        self, plan: Plan, samples: Sequence[Tensor], staging: Staging, device: torch.device, observer: Observer
+    ) -> None:
+        self.plan, self.samples, self.staging, self.device, self.observer = plan, samples, staging, device, observer
+        self.skeleton: Skeleton = plan.skeleton
+        self._inputs = BlockInputs()
+        self._solved = 0
+
+    @torch.no_grad()
+    def run(self) -> list[LayerRecord]:
+        """Quantize everything that is not on disk yet; returns the records of all layers."""
+        records: list[LayerRecord] = []
+        blocks = len(self.skeleton.blocks)
+        pending = not all(self.staging.is_done(index) for index in range(blocks))
+        self.observer(Stage("quantizing", blocks + 1))
+        hidden = self._enter() if self.plan.needs and pending else None
+        try:
+            for index in range(blocks):
+                records += self._block(index, hidden)
+                self.observer(Step(f"block {index + 1}/{blocks}"))
+        finally:
+            if hidden is not None:
+                hidden.close()
+        records += self._outside(blocks)
+        self.observer(Step("everything else"))
+        return records
+
+    def _enter(self) -> Activations:
+        """The hidden states in front of the first block."""
+        outside = self._read(_in_front(self.skeleton))
+        assign(self.skeleton.model, outside)
+        del outside
+        store: Activations | None = None
+        for index, tokens in enumerate(self.samples):
+            state = self._inputs.first_hidden(self.skeleton, tokens[None].to(self.device))
+            if store is None:
+                shapes = [(1, int(sample.numel()), int(state.shape[-1])) for sample in self.samples]
+                store = Activations(shapes, state.dtype, self.plan.recipe.activation_memory, self.staging.path)
+            store[index] = state
+        release(self.skeleton.model)
+        assert store is not None, "the caller gives samples whenever a solver measures"
+        return store
+
+    def _block(self, index: int, hidden: Activations | None) -> list[LayerRecord]:
+        if self.staging.is_done(index):
+            return self._replay(index, hidden)
+        names = self.skeleton.block_tensors(index)
+        block = self.skeleton.blocks[index]
+        source = self.plan.checkpoint.read(names.values())
+        if hidden is not None:
+            assign(block, {name: self._placed(source[disk]) for name, disk in names.items()})
+        layers = self.plan.block_layers(index)
+        prefix = f"{self.skeleton.block_path}.{index}."
+        measured = self._measure(index, layers, hidden)
+        groups = _groups(layers, measured, prefix)
+        shard = {
+            disk: tensor for disk, tensor in source.items() if disk not in {f"{p.info.stem}.weight" for p in layers}
+        }
+        records = {}
+        for group in groups:
+            weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
+            stats = measured.inputs.get(group[0].info.name.removeprefix(prefix)) if measured else None
+            energies = [
+                measured.output_energy.get(p.info.name.removeprefix(prefix)) if measured else None for p in group
+            ]
+            for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
+                shard.update(_named(layer, self.plan.format.encode(solved.weight)))
+                if hidden is not None:
+                    module = block.get_submodule(layer.info.name.removeprefix(prefix))
+                    _replace_weight(module, solved.weight, self.plan.dtype)
+                records[layer.info.name] = solved.record
+                self._announce(solved.record)
+        ordered = [records[layer.info.name] for layer in layers]
+        if hidden is not None:
+            self._hand_on(index, hidden)
+        self.staging.write(index, shard, ordered)
+        release(block)
+        return ordered
+
+    def _measure(self, index: int, layers: Sequence[LayerPlan], hidden: Activations | None) -> Measurement | None:
+        """The first pass: the block as it was, on inputs that come from quantized blocks."""
+        if hidden is None:
+            return None
+        block = self.skeleton.blocks[index]
+        prefix = f"{self.skeleton.block_path}.{index}."
+        linears = {
+            layer.info.name.removeprefix(prefix): block.get_submodule(layer.info.name.removeprefix(prefix))
+            for layer in layers
+            if layer.solver.needs
+        }
+        if not linears:
+            return None
+        measurement = Measurement(linears, frozenset().union(*(layer.solver.needs for layer in layers)))
+        with measurement.hooked():
+            for sample in range(len(hidden)):
+                self._inputs.run(self.skeleton, index, hidden[sample].to(self.device))
+                measurement.end_pass()
+        return measurement
+
+    def _hand_on(self, index: int, hidden: Activations) -> None:
+        """The second pass: the quantized block's outputs are the next block's inputs. The last block has no next."""
+        if index + 1 == len(self.skeleton.blocks):
+            return
+        for sample in range(len(hidden)):
+            hidden[sample] = self._inputs.run(self.skeleton, index, hidden[sample].to(self.device))
+
+    def _replay(self, index: int, hidden: Activations | None) -> list[LayerRecord]:
+        """A block that an interrupted run finished: nothing is solved, its outputs are computed again."""
+        records = self.staging.records(index)
+        for record in records:
+            self._announce(record, resumed=True)
+        if hidden is None or all(self.staging.is_done(later) for later in range(index, len(self.skeleton.blocks))):
+            return records
+        block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
+        stored = stored_shard(self.staging, index)
+        for name, disk in names.items():
+            if disk in stored:
+                assign(block, {name: self._placed(stored[disk])})
+        prefix = f"{self.skeleton.block_path}.{index}."
+        for layer in self.plan.block_layers(index):
+            module = block.get_submodule(layer.info.name.removeprefix(prefix))
+            _replace_weight(module, decode_layer(self.plan, layer, stored), self.plan.dtype, self.device)
+        self._hand_on(index, hidden)
+        release(block)
+        return records
+
+    def _outside(self, shard: int) -> list[LayerRecord]:
+        """Embeddings, final norm, head and whatever else the checkpoint holds."""
+        if self.staging.is_done(shard):
+            records = self.staging.records(shard)
+            for record in records:
+                self._announce(record, resumed=True)
+            return records
+        inside = {disk for index in range(shard) for disk in self.skeleton.block_tensors(index).values()}
+        tensors = self.plan.checkpoint.read(name for name in self.plan.checkpoint.tensors if name not in inside)
+        records = []
+        for layer in self.plan.block_layers(None):
+            weight = _rows_first(tensors.pop(f"{layer.info.stem}.weight"), layer.info.transposed)
+            (solved,) = solve_group([layer], [weight], None, [None], self)
+            tensors.update(_named(layer, self.plan.format.encode(solved.weight)))
+            records.append(solved.record)
+            self._announce(solved.record)
+        self.staging.write(shard, tensors, records)
+        return records
+
+    def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
+        tensors = self.plan.checkpoint.read(names.values())
+        return {name: self._placed(tensors[disk]) for name, disk in names.items()}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """On the device; floating-point tensors in the compute dtype."""
+        return tensor.to(self.device, self.plan.dtype if tensor.dtype.is_floating_point else tensor.dtype)
+
+    def _announce(self, record: LayerRecord, resumed: bool = False) -> None:
+        self._solved += 1
+        self.observer(LayerDone(record, self._solved, len(self.plan.layers), resumed))
+
+
+def solve_group(
+    group: Sequence[LayerPlan],
+    weights: Sequence[Tensor],
+    stats: LayerStats | None,
+    energies: Sequence[float | None],
+    run: Pipeline,
+) -> list[SolvedLayer]:
+    """Solve layers that read the same input with the same scheme and solver at once, as the rows of one matrix.
+
+    Args:
+        group: the layers.
+        weights: [out, in] each, any floating-point dtype.
+        stats: of their common input.
+        energies: Σ y² of each layer's output over the tokens of ``stats``.
+        run: for the device and the dtype of the scales.
+
+    Raises:
+        HessianError: with the names of the layers.
+    """
+    started = time.perf_counter()
+    stacked = torch.cat([weight.to(run.device, torch.float32) for weight in weights])
+    first = group[0]
+    try:
+        solution = first.solver.solve(stacked, first.scheme, stats if first.solver.needs else None, run.plan.dtype)
+    except HessianError as error:
+        raise HessianError(f"{', '.join(layer.info.name for layer in group)}: {error}") from error
+    seconds = (time.perf_counter() - started) / len(group)
+    solved, row = [], 0
+    for layer, energy in zip(group, energies, strict=True):
+        rows = slice(row, row + layer.info.out_features)
+        row = rows.stop
+        tokens = stats.num_tokens if stats is not None and first.solver.needs else 0
+        solved.append(_solved(layer, stacked[rows], solution, rows, energy if tokens else None, tokens, seconds))
+    return solved
+
+
+def decode_layer(plan: Plan, layer: LayerPlan, tensors: dict[str, Tensor]) -> QuantizedTensor:
+    """A layer's quantized weight from the tensors of its shard."""
+    prefix = f"{layer.info.stem}."
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return plan.format.decode(layer.info.name, own, layer.scheme, (layer.info.out_features, layer.info.in_features))
+
+
+def stored_shard(staging: Staging, shard: int) -> dict[str, Tensor]:
+    """All tensors of a finished shard."""
+    from safetensors.torch import load_file
+
+    return load_file(staging.path / staging.shard_name(shard))
+
+
+def _solved(
+    layer: LayerPlan, weight: Tensor, solution: Solution, rows: slice, energy: float | None, tokens: int, seconds: float
+) -> SolvedLayer:
+    q = solution.weight.rows(rows.start, rows.stop)
+    error = float((dequantize(q, torch.float32) - weight).square_().sum(dtype=torch.float64))
+    signal = float(weight.square().sum(dtype=torch.float64))
+    loss = float(solution.loss[rows].sum())
+    if not loss < float("inf"):
+        raise CheckpointError(
+            message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
+        )
+    reference = 2 / tokens * energy if energy is not None else signal
+    record = LayerRecord(
+        name=layer.info.name,
+        method=layer.solver.name,
+        scheme=str(layer.scheme),
+        shape=(layer.info.out_features, layer.info.in_features),
+        loss=loss,
+        relative_error=(loss / reference) ** 0.5 if reference > 0 else None,
+        sqnr_db=decibels(signal, error),
+        num_tokens=tokens,
+        seconds=seconds,
+        digest=q.digest(),
+    )
+    return SolvedLayer(q, record)
+
+
+def _groups(layers: Sequence[LayerPlan], measured: Measurement | None, prefix: str) -> list[list[LayerPlan]]:
+    """Layers to solve together: same input, scheme and solver."""
+    by_name = {layer.info.name.removeprefix(prefix): layer for layer in layers}
+    shared = measured.groups() if measured is not None else []
+    shared += [[name] for name in by_name if not any(name in names for names in shared)]
+    groups: list[list[LayerPlan]] = []
+    for names in shared:
+        alike: dict[object, list[LayerPlan]] = {}
+        for name in names:
+            alike.setdefault((by_name[name].scheme, by_name[name].solver), []).append(by_name[name])
+        groups += alike.values()
+    return groups
+
+
+def _in_front(skeleton: Skeleton) -> dict[str, str]:
+    """The tensors outside of the blocks, but for the output head's own: the pass stops before it."""
+    head = skeleton.model.get_output_embeddings()
+    prefix = next((f"{name}." for name, module in skeleton.model.named_modules() if module is head), None)
+    return {n: d for n, d in skeleton.outside_tensors().items() if prefix is None or not n.startswith(prefix)}
+
+
+def _named(layer: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer.info.stem}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _rows_first(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.T if transposed else weight
+
+
+def _replace_weight(
+    module: nn.Module, q: QuantizedTensor, dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    weight = dequantize(q, dtype).to(device or q.codes.device)
+    module._parameters["weight"] = nn.Parameter(weight.T if is_transposed(module) else weight, requires_grad=False)

@@ -1,0 +1,76 @@
+"""QuantizedTensor: the one logical form of a quantized weight. Formats and kernels convert to and from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.scheme import QuantScheme
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """A weight ``W[o, i] = scale[o, g(i)] * (codes[o, i] - zero_point[o, g(i)])``.
+
+    Attributes:
+        codes: uint8 [out, in], unsigned, below ``2**bits``.
+        scale: [out, groups], in the floating-point dtype that ships.
+        zero_point: uint8 [out, groups]; symmetric: ``2**(bits-1)``.
+        scheme: bits, group size, symmetry.
+        g_idx: int32 [in], the group of each column; None: contiguous groups, ``g(i) = i // group_size``.
+
+    Raises:
+        ValueError: shapes or dtypes that contradict each other.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    scheme: QuantScheme
+    g_idx: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.ndim != 2:
+            raise ValueError(f"codes must be uint8 [out, in], not {self.codes.dtype} {list(self.codes.shape)}")
+        expected = [self.out_features, self.scheme.num_groups(self.in_features)]
+        if list(self.scale.shape) != expected or not self.scale.dtype.is_floating_point:
+            raise ValueError(
+                f"scale must be floating point {expected}, not {self.scale.dtype} {list(self.scale.shape)}"
+            )
+        if list(self.zero_point.shape) != expected or self.zero_point.dtype != torch.uint8:
+            raise ValueError(
+                f"zero_point must be uint8 {expected}, not {self.zero_point.dtype} {list(self.zero_point.shape)}"
+            )
+        if self.g_idx is not None and (self.g_idx.dtype != torch.int32 or list(self.g_idx.shape) != [self.in_features]):
+            raise ValueError(
+                f"g_idx must be int32 [{self.in_features}], not {self.g_idx.dtype} {list(self.g_idx.shape)}"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return int(self.codes.shape[1])
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """The quantized weight of output rows ``start:stop`` (rows are independent of each other)."""
+        return QuantizedTensor(
+            self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme, self.g_idx
+        )
+
+    def digest(self) -> str:
+        """sha256 over scheme, codes, scale and zero points: equal digests mean equal decoded weights."""
+        sha = hashlib.sha256(f"{self.scheme} {list(self.codes.shape)} {self.scale.dtype}".encode())
+        parts = [self.codes, self.scale.contiguous().view(torch.uint8), self.zero_point]
+        if self.g_idx is not None:
+            parts.append(self.g_idx.contiguous().view(torch.uint8))
+        for part in parts:
+            sha.update(part.contiguous().cpu().numpy().data)
+        return sha.hexdigest()

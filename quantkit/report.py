@@ -1,0 +1,131 @@
+"""What a run did: one record a layer, totals, versions; events while it runs and report.json at the end."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+_PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "datasets", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What was done to one layer.
+
+    Attributes:
+        name: module name.
+        method: the solver.
+        scheme: such as ``w4a16_g128_sym``.
+        shape: (out_features, in_features).
+        loss: tr(dW H dWᵀ), dW the weight error; H the solver's damped Hessian 2/n·XXᵀ, or I where nothing was measured.
+        relative_error: √(loss / tr(W H Wᵀ)): the share of the output's (or, where nothing was measured, of the
+            weight's) root mean square that the error is; without the bias.
+        sqnr_db: 10·log₁₀(‖W‖² / ‖dW‖²), of the weights.
+        num_tokens: calibration tokens that the layer saw.
+        seconds: time spent solving.
+        digest: sha256 of the quantized weight.
+    """
+
+    name: str
+    method: str
+    scheme: str
+    shape: tuple[int, int]
+    loss: float
+    relative_error: float | None
+    sqnr_db: float | None
+    num_tokens: int
+    seconds: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """A layer was solved (or found solved, on resuming)."""
+
+    record: LayerRecord
+    done: int
+    total: int
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of the run begins; ``steps`` of equal cost follow, each announced by :class:`Step`."""
+
+    title: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the current stage is done; ``title`` says what comes next."""
+
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that the user should know."""
+
+    text: str
+
+
+Event = LayerDone | Stage | Step | Note
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The observer that tells nobody."""
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10·log₁₀(signal / noise); None when either is zero or not finite."""
+    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and 0 < noise < math.inf else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor and threads: what may change the last bit of a floating-point sum."""
+    return {
+        "versions": versions(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def totals(records: Sequence[LayerRecord]) -> dict[str, Any]:
+    """Sums over all layers, and the layers that lost most."""
+    worst = sorted((r for r in records if r.relative_error is not None), key=lambda r: -(r.relative_error or 0.0))
+    return {
+        "layers": len(records),
+        "loss": sum(r.loss for r in records),
+        "solve_seconds": sum(r.seconds for r in records),
+        "largest_relative_errors": [{"name": r.name, "relative_error": r.relative_error} for r in worst[:5]],
+    }
+
+
+def layer_to_dict(record: LayerRecord) -> dict[str, Any]:
+    """A record as plain values."""
+    return asdict(record)
+
+
+def layer_from_dict(value: dict[str, Any]) -> LayerRecord:
+    """The inverse of :func:`layer_to_dict`."""
+    return LayerRecord(**{**value, "shape": tuple(value["shape"])})
