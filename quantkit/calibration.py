@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class CalibrationSpec:
     packing: Literal["pack", "truncate"] = "pack"
     seed: int = 0
     column: str | None = None
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("sequence_length", _MIN_TOKENS), ("seed", 0)):

@@ -206,8 +206,8 @@ class Measurement:
             if self._leaders[name]:
                 self.inputs[name].update(x)
             bias = getattr(module, "bias", None)
-            energy = (output if bias is None else output - bias).float().square_().sum(dtype=torch.float64)
-            self.output_energy[name] += float(energy)
+            y = output if bias is None else output - bias
+            self.output_energy[name] += float(torch.linalg.vector_norm(y, dtype=torch.float32)) ** 2
 
         return hook
 

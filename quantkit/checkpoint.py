@@ -219,6 +219,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, part, metadata={"format": "pt"})
+        part.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         with part.open("rb+") as handle:
             os.fsync(handle.fileno())
         part.replace(path)
@@ -237,6 +238,12 @@ def _disk_error(path: Path, error: Exception) -> InterruptedRunError:
     return InterruptedRunError(
         message(str(path), f"cannot be written ({error})", "free disk space or choose another --output")
     )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_directory(path: Path) -> None:

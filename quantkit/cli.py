@@ -12,14 +12,18 @@ import typer
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from quantkit.run import Prepared, Result
 
 EXIT_BAD_INPUT = 2
+_PAGE_WIDTH = 120
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
@@ -106,8 +110,6 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize a model into a packed checkpoint that vLLM, SGLang, transformers and quantkit load."""
-    from rich.console import Console
-
     from quantkit.progress import shown
     from quantkit.recipe import merged
     from quantkit.run import execute, prepare, recipe_values
@@ -123,7 +125,7 @@ def quantize(
     if method is not None and method != _method_name(stated):
         stated = {key: value for key, value in stated.items() if key != "method"}
         over["method"] = method
-    console = Console()
+    console = _console()
     values = merged(stated, over)
     with shown(console, log_json) as observer:
         prepared = prepare(model, output, recipe=values, device=device, resume=resume, overwrite=overwrite)
@@ -164,7 +166,7 @@ def perplexity(
 
     _quiet()
     spec = EvalSpec(data, sequence_length, stride, limit, batch_size, column)
-    console = Console()
+    console = _console()
     with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scoring", total=None)
         found = evaluate(
@@ -177,6 +179,13 @@ def perplexity(
     if json is not None:
         write_json(json, found.to_json())
     render(found, console)
+
+
+def _console() -> Console:
+    """The terminal, or a wide page where the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_PAGE_WIDTH)
 
 
 def _quiet() -> None:
@@ -231,7 +240,8 @@ def _print_plan(prepared: Prepared) -> None:
 def _figures(prepared: Prepared) -> dict[str, Any]:
     figures = prepared.to_dict()
     figures["share_quantized"] = f"{figures['share_quantized']:.1%}"
-    figures["bits_per_weight"] = f"{figures['bits_per_weight']:.3f} (of the quantized layers, scales counted)"
+    for key in ("bits_per_quantized_weight", "bits_per_weight"):
+        figures[key] = f"{figures[key]:.3f}"
     for key in ("size_before", "size_after", "projected_peak_memory"):
         figures[key] = f"{figures[key] / 1e6:.1f} MB"
     return figures
@@ -244,7 +254,8 @@ def _last_line(prepared: Prepared, result: Result) -> str:
     source = BUILTIN if plan.checkpoint.path == BUILTIN_PATH else plan.checkpoint.path
     return (
         f"{result.path}: quantized {plan.num_quantized / plan.num_parameters:.1%} of "
-        f"{plan.num_parameters / 1e6:.1f} M parameters to {plan.bits_per_weight:.2f} bits per weight; "
+        f"{plan.num_parameters / 1e6:.1f} M parameters to {plan.bits_per_quantized_weight:.2f} bits per weight "
+        f"({plan.bits_per_weight:.2f} over the whole checkpoint); "
         f"{plan.checkpoint.nbytes / 1e6:.1f} MB -> {plan.size_after / 1e6:.1f} MB. "
         f"Next: quantkit perplexity {source} {result.path}"
     )

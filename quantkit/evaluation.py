@@ -164,6 +164,7 @@ def evaluate(
         CalibrationError: text that is missing or shorter than one window.
         CheckpointError: a model that cannot be opened, vocabularies of different sizes, NaN or inf logits.
     """
+
     def opened(path: Path) -> PreTrainedModel:
         return load(path, device=device, dtype=dtype)
 
@@ -222,27 +223,20 @@ def evaluate_on(
 
 def render(evaluation: Evaluation, console: Console) -> None:
     """Print the results as a table and the protocol below it."""
+    from rich.box import SIMPLE_HEAD
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
-    for heading in (
-        "perplexity",
-        "± stderr",
-        "KL (nats)",
-        "top-1 changed",
-        "tokens/s",
-        "size",
-        "bits/weight",
-    ):
-        table.add_column(heading, justify="right")
+    for heading in ("perplexity", "± stderr", "KL, nats", "top-1 ≠", "tokens/s", "size", "bits/w"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, result in enumerate(evaluation.results):
         table.add_row(
             escape(result.model),
-            f"{result.perplexity:.4g}" if result.perplexity >= 1e5 else f"{result.perplexity:.3f}",
-            "-" if result.stderr is None else f"{result.stderr:.2g}",
+            f"{result.perplexity:.3f}" if result.perplexity < 1e5 else f"{result.perplexity:.4g}",
+            "-" if result.stderr is None else f"{result.stderr:.3g}",
             "-" if index == 0 else f"{result.kl:.5f}",
             "-" if index == 0 else f"{result.top1_changed:.2%}",
             f"{result.tokens_per_second:,.0f}",
@@ -253,7 +247,7 @@ def render(evaluation: Evaluation, console: Console) -> None:
     p = evaluation.protocol
     console.print(
         f"{p['tokens_scored']:,} tokens scored in {p['windows']} windows of {p['sequence_length']} "
-        f"({p['sequence_length_rule']}), stride {p['stride']}; {p['tokens_dropped']} left out at the end.\n"
+        f"({p['sequence_length_rule']}), stride {p['stride']}; {p['tokens_dropped']:,} tokens after them left out.\n"
         f"Text {p['text_source']}, sha256 {p['text_sha256'][:12]}; special tokens {p['special_token_ids']}, "
         f"{p['special_tokens']}. {p['dtype']} on {p['device']}.",
         highlight=False,
@@ -263,11 +257,7 @@ def render(evaluation: Evaluation, console: Console) -> None:
 
 def _sequence_length(asked: int | None, configs: Sequence[tuple[str, Any]]) -> tuple[int, str]:
     """The window's length, and why it is that."""
-    limits = [
-        (limit, name)
-        for name, config in configs
-        if (limit := getattr(config, "max_position_embeddings", None))
-    ]
+    limits = [(limit, name) for name, config in configs if (limit := getattr(config, "max_position_embeddings", None))]
     smallest, name = min(limits, default=(None, ""))
     if asked is None:
         if smallest is None or smallest >= DEFAULT_LENGTH:
@@ -332,9 +322,7 @@ def _tokenize(text: str, name: str, path: Path) -> tuple[Tensor, list[int]]:
 
 
 def _window_protocol(windows: Windows, num_tokens: int) -> dict[str, Any]:
-    later = (
-        "tokens 2 to the last" if windows.stride == windows.length else f"the last {windows.scored(1)} tokens"
-    )
+    later = "tokens 2 to the last" if windows.stride == windows.length else f"the last {windows.scored(1)} tokens"
     return {
         "stride": windows.stride,
         "windows": windows.count,

@@ -61,9 +61,7 @@ class Windows:
         return torch.stack([tokens[i * self.stride : i * self.stride + self.length] for i in rows])
 
 
-def plan_windows(
-    num_tokens: int, length: int, stride: int | None = None, limit: int | None = None
-) -> Windows:
+def plan_windows(num_tokens: int, length: int, stride: int | None = None, limit: int | None = None) -> Windows:
     """Lay whole windows over ``num_tokens`` tokens.
 
     Args:
@@ -77,9 +75,7 @@ def plan_windows(
         CalibrationError: fewer tokens than one window needs.
     """
     if length < 2:
-        raise InputError(
-            message("perplexity", f"sequence_length={length} leaves nothing to predict", "use 2 or more")
-        )
+        raise InputError(message("perplexity", f"sequence_length={length} leaves nothing to predict", "use 2 or more"))
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise InputError(
@@ -90,9 +86,7 @@ def plan_windows(
             )
         )
     if limit is not None and limit < 1:
-        raise InputError(
-            message("perplexity", f"limit={limit} is no window at all", "use 1 or more, or no limit")
-        )
+        raise InputError(message("perplexity", f"limit={limit} is no window at all", "use 1 or more, or no limit"))
     if num_tokens < length:
         raise CalibrationError(
             message(
@@ -146,9 +140,7 @@ class _Tally:
             perplexity = math.exp(mean)
         except OverflowError:
             raise CheckpointError(
-                message(
-                    name, f"a mean loss of {mean:.0f} nats has no finite perplexity", "check the checkpoint"
-                )
+                message(name, f"a mean loss of {mean:.0f} nats has no finite perplexity", "check the checkpoint")
             ) from None
         error = _mean_error(self.nll, counts)
         return Score(
@@ -228,7 +220,7 @@ def _warm_up(models: Sequence[tuple[str, PreTrainedModel]], batch: Tensor) -> No
     """Run the first batch untimed through every model (lazy set-up, caches) and compare the vocabularies."""
     sizes: list[int] = []
     for name, model in models:
-        model.train(False)  # eval mode; transformers leaves its eval() untyped
+        model.eval()
         sizes.append(_forward(model, batch)[0].shape[-1])
         if sizes[-1] != sizes[0]:
             raise CheckpointError(

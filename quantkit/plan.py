@@ -92,9 +92,14 @@ class Plan:
         return self.checkpoint.nbytes - dense + self.quantized_bytes
 
     @property
-    def bits_per_weight(self) -> float:
+    def bits_per_quantized_weight(self) -> float:
         """Stored bits per quantized weight, scales and zero points counted."""
         return 8 * self.quantized_bytes / self.num_quantized
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per parameter of the whole checkpoint, whether quantized or not."""
+        return 8 * self.size_after / self.num_parameters
 
     @property
     def forward_passes(self) -> int:
@@ -162,6 +167,7 @@ class Plan:
             "share_quantized": self.num_quantized / self.num_parameters,
             "size_before": self.checkpoint.nbytes,
             "size_after": self.size_after,
+            "bits_per_quantized_weight": self.bits_per_quantized_weight,
             "bits_per_weight": self.bits_per_weight,
             "forward_passes_per_block": self.forward_passes,
         }
@@ -274,7 +280,7 @@ def _check_rules(skeleton: Skeleton, recipe: Recipe) -> None:
 
 
 def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None:
-    wrong = []
+    wrong: dict[str, list[str]] = {}
     for layer in layers:
         dtype = checkpoint.tensors[f"{layer.info.stem}.weight"].dtype
         if not dtype.is_floating_point:
@@ -283,10 +289,9 @@ def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None
             )
         reason = layer.scheme.why_not(layer.info.in_features)
         if reason is not None:
-            wrong.append(f"{layer.info.name}: {reason}")
+            wrong.setdefault(reason, []).append(layer.info.name)
     if wrong:
-        more = f"{len(wrong)} layers cannot have this group size: " if len(wrong) > 1 else ""
-        raise SchemeError(more + " | ".join(wrong))
+        raise SchemeError(" | ".join(f"{', '.join(names)}: {reason}" for reason, names in wrong.items()))
 
 
 def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:

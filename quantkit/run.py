@@ -123,7 +123,7 @@ def prepare(
     placed = resolve_device(device)
     checkpoint = Checkpoint(resolve_model(model))
     plan = make_plan(checkpoint, make_recipe(_with_length(values, checkpoint), str(recipe)))
-    given = from_tokens(tokens, vocab_size=_vocab_size(plan)) if tokens is not None else None
+    given = _own_tokens(tokens, plan) if tokens is not None else None
     spec = plan.recipe.calibration
     length = max(map(len, given.samples)) if given else spec.sequence_length
     num_tokens = given.num_tokens if given else spec.num_samples * spec.sequence_length
@@ -165,6 +165,9 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
         raise InterruptedRunError(
             message(str(prepared.device), "out of memory", f"use a shorter --sequence-length; {_kept(staging)}")
         ) from error
+    except KeyboardInterrupt:
+        observer(Note(f"interrupted; {_kept(staging)}"))
+        raise
     except QuantkitError:
         staging.discard()
         raise
@@ -202,8 +205,15 @@ def _check_length(plan: Plan, length: int) -> None:
         )
 
 
+def _own_tokens(tokens: Iterable[Tensor | Sequence[int]], plan: Plan) -> CalibrationSet:
+    bos = plan.skeleton.model.config.bos_token_id
+    return from_tokens(tokens, vocab_size=_vocab_size(plan), bos_token_id=bos if isinstance(bos, int) else None)
+
+
 def _vocab_size(plan: Plan) -> int:
-    return int(plan.skeleton.model.get_input_embeddings().num_embeddings)
+    embedding = plan.skeleton.model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    return int(embedding.shape[0])
 
 
 def _calibrate(plan: Plan, observer: Observer) -> CalibrationSet:

@@ -29,7 +29,7 @@ class LinearInfo:
         in_features: columns.
         transposed: the weight lies as [in, out] on disk (Conv1D).
         block: index of its decoder block; None outside of the blocks (the head).
-        tied: its weight is another module's (an embedding's), and not on disk under its own name.
+        tied: its weight is another module's (an embedding's).
     """
 
     name: str
@@ -229,10 +229,8 @@ def _renamer(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     return renamed
 
 
-def _linear_infos(model: nn.Module, block_path: str, renamed: Mapping[str, str]) -> list[LinearInfo]:
-    shared: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+def _linear_infos(model: PreTrainedModel, block_path: str, renamed: Mapping[str, str]) -> list[LinearInfo]:
+    tied_names = set(model.all_tied_weights_keys)
     infos = []
     for name, module in find_linears(model).items():
         weight = module.weight
@@ -245,6 +243,6 @@ def _linear_infos(model: nn.Module, block_path: str, renamed: Mapping[str, str])
             (renamed[f"{name}.{leaf}"] for leaf in ("weight", "weight_packed") if f"{name}.{leaf}" in renamed), None
         )
         stem = disk.rsplit(".", 1)[0] if disk is not None else name
-        tied = disk is None or shared[id(weight)] > 1
+        tied = f"{name}.weight" in tied_names
         infos.append(LinearInfo(name, stem, int(out_features), int(in_features), transposed, block, tied))
     return infos

@@ -103,7 +103,7 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             message(
                 str(path),
                 f"its tokenizer cannot be opened ({reason})",
-                "add the tokenizer's files, give token tensors in Python, or use --method rtn",
+                "add its files (tokenizer.json, tokenizer_config.json) to the model directory",
             )
         ) from error
 

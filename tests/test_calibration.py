@@ -39,7 +39,7 @@ def make_tokenizer(*, bos: bool = False, template: str | None = None) -> PreTrai
     if bos:
         single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
         tokenizer.post_processor = single
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=8
     )
     fast.chat_template = template

@@ -44,7 +44,7 @@ def train_tokenizer(path: Path, *, vocab_size: int = VOCAB) -> Tokenizer:
     tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)  # type: ignore[no-untyped-call]
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     wrapped.save_pretrained(path)
     return tokenizer
 
@@ -78,9 +78,7 @@ def test_a_directory_scores_like_a_plain_loop_over_its_tokens(
     assert ids[0] == 1
     assert (ids[1:] != 1).all()
     for (_, path), result in zip(pair, evaluation.results, strict=True):
-        assert result.perplexity == pytest.approx(
-            plain_perplexity(open_model(path), ids, LENGTH, 30, 6), rel=1e-5
-        )
+        assert result.perplexity == pytest.approx(plain_perplexity(open_model(path), ids, LENGTH, 30, 6), rel=1e-5)
         assert result.num_tokens == LENGTH - 1 + 5 * 30
     protocol = evaluation.protocol
     assert protocol["text_tokens"] == len(ids)
@@ -111,12 +109,11 @@ def test_json_has_the_documented_keys(evaluation: Evaluation) -> None:
 @pytest.fixture(scope="module")
 def quantized(pair: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first model in 4 bits, by quantkit itself."""
-    return quantize(pair[0][1], tmp_path_factory.mktemp("quantized") / "w4", method="rtn", group_size=32).path
+    output = tmp_path_factory.mktemp("quantized") / "w4"
+    return quantize(pair[0][1], output, recipe={"scheme": "w4a16_g32", "method": "rtn"}, device="cpu").path
 
 
-def test_dense_and_quantized_directories_compare(
-    pair: list[tuple[str, Path]], quantized: Path, tmp_path: Path
-) -> None:
+def test_dense_and_quantized_directories_compare(pair: list[tuple[str, Path]], quantized: Path, tmp_path: Path) -> None:
     dense = pair[0][1]
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
@@ -137,9 +134,10 @@ def test_dense_and_quantized_directories_compare(
     assert got.protocol["text_source"] == str(file)
 
 
-def test_the_table_shows_results_and_protocol(evaluation: Evaluation) -> None:
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_shows_results_and_protocol(evaluation: Evaluation, width: int) -> None:
     out = StringIO()
-    render(evaluation, Console(file=out, width=160))
+    render(evaluation, Console(file=out, width=width))
     shown = out.getvalue()
     for result in evaluation.results:
         assert result.model in shown
@@ -193,9 +191,7 @@ def test_other_tokens_are_refused(pair: list[tuple[str, Path]], tmp_path: Path) 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     small = save_tiny("llama", tmp_path, vocab_size=30)
     train_tokenizer(small)
-    with pytest.raises(
-        CheckpointError, match=r"^small: its tokenizer gives the id \d+, its vocabulary has 30"
-    ):
+    with pytest.raises(CheckpointError, match=r"^small: its tokenizer gives the id \d+, its vocabulary has 30"):
         evaluate_on(text_of(TEXT), [("small", small)], EvalSpec(), never)
 
 
@@ -216,9 +212,7 @@ def test_no_model_and_no_window_are_errors() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16.0), (torch.float32, 32.0)])
-def test_a_dense_model_has_the_bits_of_its_dtype(
-    tmp_path: Path, tied: bool, dtype: torch.dtype, bits: float
-) -> None:
+def test_a_dense_model_has_the_bits_of_its_dtype(tmp_path: Path, tied: bool, dtype: torch.dtype, bits: float) -> None:
     path = save_tiny("llama", tmp_path, dtype=dtype, tie_word_embeddings=tied)
     size = checkpoint_size(path)
     model = open_model(path)

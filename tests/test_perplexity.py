@@ -24,7 +24,8 @@ NAMES = ("one", "two")
 
 def open_model(path: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model  # in eval mode, as from_pretrained leaves it
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,7 @@ def test_perplexity_is_that_of_a_plain_loop(
     windows = plan_windows(len(tokens), LENGTH, stride, limit)
     scores = score_models(loaded, tokens, windows, batch_size=batch_size)
     for (_, model), score in zip(loaded, scores, strict=True):
-        assert score.perplexity == pytest.approx(
-            plain_perplexity(model, tokens, LENGTH, stride, limit), rel=1e-5
-        )
+        assert score.perplexity == pytest.approx(plain_perplexity(model, tokens, LENGTH, stride, limit), rel=1e-5)
         assert score.num_tokens == windows.num_scored
 
 
@@ -132,9 +131,7 @@ def test_other_families_score_like_a_plain_loop(tmp_path: Path, tokens: Tensor, 
     assert score.perplexity == pytest.approx(plain_perplexity(model, tokens, LENGTH, None, None), rel=1e-5)
 
 
-def plain_divergence(
-    p: PreTrainedModel, q: PreTrainedModel, tokens: Tensor, windows: Windows
-) -> tuple[float, float]:
+def plain_divergence(p: PreTrainedModel, q: PreTrainedModel, tokens: Tensor, windows: Windows) -> tuple[float, float]:
     divergences, changed = [], []
     for i in range(windows.count):
         window = tokens[None, i * windows.stride :][:, : windows.length]
@@ -165,17 +162,13 @@ def test_divergence_is_that_of_the_full_distributions(
     assert abs(back.kl - second.kl) > 1e-3, "the direction of the divergence must matter"
 
 
-def test_a_model_does_not_diverge_from_itself(
-    loaded: list[tuple[str, PreTrainedModel]], tokens: Tensor
-) -> None:
+def test_a_model_does_not_diverge_from_itself(loaded: list[tuple[str, PreTrainedModel]], tokens: Tensor) -> None:
     first, other, again = score_models([*loaded, loaded[0]], tokens, plan_windows(len(tokens), LENGTH))
     assert (again.kl, again.top1_changed) == (0.0, 0.0)
     assert again.perplexity == first.perplexity != other.perplexity
 
 
-def test_standard_error_is_that_of_the_windows_means(
-    loaded: list[tuple[str, PreTrainedModel]], tokens: Tensor
-) -> None:
+def test_standard_error_is_that_of_the_windows_means(loaded: list[tuple[str, PreTrainedModel]], tokens: Tensor) -> None:
     windows = plan_windows(len(tokens), LENGTH)
     (score, *_) = score_models(loaded, tokens, windows)
     model = loaded[0][1]
@@ -215,7 +208,7 @@ def test_speed_counts_the_forward_after_a_warm_up(tokens: Tensor) -> None:
     fast: Any = Sleeper(first=0.0, later=0.01)
     scores = score_models([("slow", slow), ("fast", fast)], tokens % 10, windows)
     seconds = [4 * LENGTH / score.tokens_per_second for score in scores]
-    assert 0.2 <= seconds[0] < 0.8
+    assert 0.2 <= seconds[0] < 1.0
     assert 0.04 <= seconds[1] < seconds[0]
 
 
@@ -229,9 +222,7 @@ def test_models_are_scored_in_eval_mode(tmp_path: Path, tokens: Tensor) -> None:
 def test_progress_counts_windows(loaded: list[tuple[str, PreTrainedModel]], tokens: Tensor) -> None:
     calls: list[tuple[int, int]] = []
     windows = plan_windows(len(tokens), LENGTH)
-    score_models(
-        loaded[:1], tokens, windows, batch_size=3, progress=lambda done, total: calls.append((done, total))
-    )
+    score_models(loaded[:1], tokens, windows, batch_size=3, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(3, 7), (6, 7), (7, 7)]
 
 

@@ -44,7 +44,7 @@ from one module to another since; the splits of one Python never overlap.
 ## Training
 
 {steps} steps of {tokens_per_step} tokens ({epochs:.1f} times the training text): {stages}. Half of the
-windows begin with `<s>`. AdamW (0.9, 0.95), peak learning rate {learning_rate:g} after {warmup_steps}
+windows begin with `<s>`. AdamW {betas}, peak learning rate {learning_rate:g} after {warmup_steps}
 steps of warm-up, cosine down to {final_learning_rate:g}, weight decay {weight_decay:g}, gradients clipped
 at {gradient_clip:g}, bfloat16 autocast on {threads} CPU threads, seed {seed}; torch {torch}, transformers
 {transformers}.

@@ -50,14 +50,15 @@ class Stage:
 class Plan:
     """What the training does; every number of it is in the card."""
 
-    steps: int = 2400
+    steps: int = 3200
     seed: int = 0
     vocab_size: int = 2048
-    # Short windows are cheaper; the last stage teaches the positions up to the full context.
-    stages: tuple[Stage, ...] = (Stage(0.85, 8, 512), Stage(0.15, 2, CONTEXT))
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 2e-5
+    # Short windows are cheaper; the later stages teach the positions up to the full context.
+    stages: tuple[Stage, ...] = (Stage(0.6, 8, 256), Stage(0.25, 4, 512), Stage(0.15, 1, CONTEXT))
+    learning_rate: float = 1.5e-3
+    final_learning_rate: float = 1.5e-5
     warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     evaluate_every: int = 200
@@ -157,7 +158,7 @@ def optimizer_for(model: LlamaForCausalLM, plan: Plan) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, fused=True)
 
 
 @torch.inference_mode()

@@ -150,8 +150,8 @@ class _Int4:
         if not spec.scheme.symmetric:
             # A large mean of x would magnify what the zeros lost. In float32, which is faster for one row of x.
             columns = spec.scheme.columns_per_group(spec.in_features)
-            sums = x.view(x.shape[0], spec.in_features // columns, columns).sum(-1)
-            y += sums.float() @ packed["zero_low"].float()
+            sums = x.view(x.shape[0], spec.in_features // columns, columns).sum(-1, dtype=torch.float32)
+            y += sums @ packed["zero_low"].float()
         return cast(Tensor, y)
 
     def codes(self, packed: Mapping[str, Tensor], spec: LinearSpec, start: int, stop: int) -> Tensor:

@@ -1,0 +1,55 @@
+# Two commands: `make demo` and `make test`. Each does its own set-up, in .venv, with pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEER := .venv-peer
+OUT := out
+
+.PHONY: demo test setup lint test-slow test-peer setup-peer builtin-model clean
+
+# torch first and by its exact version: where a CPU build lies on the disk, pip takes that and no CUDA packages.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+# The embedded model in bf16, w8a16 RTN, w4a16 RTN and w4a16 GPTQ: perplexity, KL, size and speed in one table.
+demo: setup
+	for recipe in w8a16-rtn w4a16-rtn w4a16-gptq; do \
+	  $(BIN)/quantkit quantize builtin --recipe recipes/$$recipe.yaml --output $(OUT)/$$recipe --overwrite || exit 1; \
+	done
+	$(BIN)/quantkit perplexity builtin $(OUT)/w8a16-rtn $(OUT)/w4a16-rtn $(OUT)/w4a16-gptq
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a worker: the models are tiny, and two workers fill two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# Real clients, in an environment of their own.
+$(PEER)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install --quiet torch==2.13.0
+	$(PEER)/bin/pip install --quiet -c constraints.txt -e '.[dev,peer]'
+	touch $@
+
+setup-peer: $(PEER)/.ready
+
+test-peer: setup-peer
+	$(PEER)/bin/python -m pytest -m peer tests/peers
+
+# Train the embedded model again (about half an hour on two cores) and replace quantkit/builtin.
+builtin-model: setup
+	$(BIN)/python evals/builtin_model/train.py
+
+clean:
+	rm -rf $(VENV) $(PEER) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,41 @@
+"""Shared fixtures: tiny models of every family, saved once a session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import VOCAB, save_tiny
+from torch import Tensor
+
+from quantkit.source import BUILTIN_PATH
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> directory of a tiny float32 model without a tokenizer; not to be changed."""
+    root = tmp_path_factory.mktemp("families")
+
+    def saved(family: str) -> Path:
+        path = root / family
+        return path if path.exists() else save_tiny(family, path)
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def tokens() -> list[Tensor]:
+    """Calibration samples for the tiny models, of unequal lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCAB, (length,), generator=generator) for length in (40, 40, 24, 33, 40, 24)]
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path) -> Path:
+    """A copy of the embedded model that a test may spoil."""
+    return Path(shutil.copytree(BUILTIN_PATH, tmp_path / "model"))

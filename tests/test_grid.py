@@ -1,0 +1,251 @@
+"""The rounding code: nearest points, exact zeros, and scales that the shipped dtype can hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantkit.errors import SchemeError
+from quantkit.grid import choose_qparams, dequantize, quantize, quantize_groups
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = st.integers(2, 8)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, QuantScheme, torch.dtype]:
+    """A float64 weight of ragged shape and very different row sizes, a scheme that fits it, a scale dtype."""
+    columns, groups = draw(st.integers(1, 33)), draw(st.integers(1, 4))
+    rows = draw(st.integers(1, 5))
+    grouped = groups > 1 or draw(st.booleans())
+    scheme = QuantScheme(draw(BITS), columns if grouped else None, symmetric=draw(st.booleans()))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    weight = torch.randn(rows, columns * groups, generator=generator, dtype=torch.float64)
+    weight *= 10.0 ** torch.randint(-1, 3, (rows, 1), generator=generator)
+    weight += draw(st.sampled_from([0.0, 0.0, 1.0, -1.0])) * weight.abs().amax(1, keepdim=True)
+    return weight, scheme, draw(st.sampled_from(DTYPES))
+
+
+def grids(q: QuantizedTensor) -> Tensor:
+    """float64 [out, in, levels]: every point that each weight could have been rounded to."""
+    group = torch.arange(q.in_features) // q.scheme.columns_per_group(q.in_features)
+    scale, zero_point = q.scale.double()[:, group], q.zero_point.double()[:, group]
+    levels = torch.arange(q.scheme.levels, dtype=torch.float64)
+    return (levels - zero_point[..., None]) * scale[..., None]
+
+
+@settings(deadline=None)
+@given(cases())
+def test_no_other_code_is_nearer(case: tuple[Tensor, QuantScheme, torch.dtype]) -> None:
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    points = grids(q)
+    chosen = points.gather(-1, q.codes.long()[..., None])[..., 0]
+    nearest = (points - weight[..., None]).abs().amin(-1)
+    slack = 1e-9 * (points[..., -1] - points[..., 0])
+    assert bool(((chosen - weight).abs() <= nearest + slack).all())
+
+
+@settings(deadline=None)
+@given(cases())
+def test_the_scale_is_the_min_max_scale_in_the_shipped_dtype(case: tuple[Tensor, QuantScheme, torch.dtype]) -> None:
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    assert q.scale.dtype == dtype
+    for row in range(q.out_features):
+        for index, group in enumerate(weight[row].split(scheme.columns_per_group(q.in_features))):
+            values = group.tolist()
+            if scheme.symmetric:
+                expected, zero = max(map(abs, values)) / ((2**scheme.bits - 1) / 2), scheme.mid
+            else:
+                low, high = min(0.0, *values), max(0.0, *values)
+                expected = (high - low) / (2**scheme.bits - 1)
+                zero = round(-low / float(q.scale[row, index]))
+            if expected < torch.finfo(dtype).tiny:
+                continue  # zeros and underflow have tests of their own
+            assert float(q.scale[row, index]) == float(torch.tensor(expected, dtype=torch.float64).to(dtype))
+            assert int(q.zero_point[row, index]) == min(zero, scheme.levels - 1)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_the_error_is_bounded_by_the_step(case: tuple[Tensor, QuantScheme, torch.dtype]) -> None:
+    """Half a step, and half a step more where the zero point was rounded; plus what rounding the scale clips."""
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    step = q.scale.double().repeat_interleave(scheme.columns_per_group(q.in_features), 1)
+    clipped = scheme.levels * torch.finfo(dtype).eps
+    allowed = (0.5 if scheme.symmetric else 1.0) + clipped
+    assert bool(((dequantize(q, torch.float64) - weight).abs() <= step * allowed + 1e-12).all())
+
+
+@settings(deadline=None)
+@given(cases())
+def test_dequantized_weights_keep_their_codes(case: tuple[Tensor, QuantScheme, torch.dtype]) -> None:
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    columns = scheme.columns_per_group(q.in_features)
+    groups = dequantize(q, torch.float32).reshape(q.out_features, -1, columns)
+    again = quantize(groups, q.scale[..., None], q.zero_point[..., None], scheme)
+    assert torch.equal(again.to(torch.uint8).reshape(q.codes.shape), q.codes)
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 2**16))
+def test_zero_is_exactly_zero(case: tuple[Tensor, QuantScheme, torch.dtype], seed: int) -> None:
+    weight, scheme, dtype = case
+    zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    weight[zeros] = 0.0
+    for target in (None, torch.float32):
+        assert bool((dequantize(quantize_groups(weight, scheme, dtype), target)[zeros] == 0).all())
+
+
+@settings(deadline=None)
+@given(cases())
+def test_codes_lie_within_the_levels(case: tuple[Tensor, QuantScheme, torch.dtype]) -> None:
+    weight, scheme, dtype = case
+    q = quantize_groups(weight * 1.0, scheme, dtype)
+    assert int(q.codes.max()) < scheme.levels
+    assert int(q.zero_point.max()) < scheme.levels
+    assert not scheme.symmetric or bool((q.zero_point == scheme.mid).all())
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 2**16))
+def test_reordered_groups_are_the_plain_form_permuted(case: tuple[Tensor, QuantScheme, torch.dtype], seed: int) -> None:
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    order = torch.randperm(q.in_features, generator=torch.Generator().manual_seed(seed))
+    g_idx = (torch.arange(q.in_features) // scheme.columns_per_group(q.in_features)).to(torch.int32)
+    permuted = QuantizedTensor(q.codes[:, order], q.scale, q.zero_point, scheme, g_idx[order])
+    for target in (None, torch.float32):
+        assert torch.equal(dequantize(permuted, target), dequantize(q, target)[:, order])
+
+
+@settings(deadline=None)
+@given(cases(), st.sampled_from(DTYPES))
+def test_dequantize_rounds_once(case: tuple[Tensor, QuantScheme, torch.dtype], target: torch.dtype) -> None:
+    """(code - zero) * scale is exact in float64; the result is that number, rounded to float32 and to the target."""
+    weight, scheme, dtype = case
+    q = quantize_groups(weight, scheme, dtype)
+    exact = grids(q).gather(-1, q.codes.long()[..., None])[..., 0]
+    found = dequantize(q, target)
+    assert found.dtype == target
+    assert torch.equal(found, exact.to(torch.float32).to(target))
+    assert dequantize(q).dtype == dtype
+    assert torch.equal(dequantize(q), exact.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_group_of_zeros(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    weight = torch.zeros(2, 64)
+    weight[1, 32:] = 1.0  # other groups are not touched by it
+    q = quantize_groups(weight, QuantScheme(bits, 32, symmetric=symmetric), dtype)
+    assert q.scale.flatten()[:3].tolist() == [1, 1, 1]
+    assert torch.equal(dequantize(q, torch.float32)[0], torch.zeros(64))
+    assert torch.equal(dequantize(q, torch.float32)[1, :32], torch.zeros(32))
+    assert float(dequantize(q, torch.float32)[1, 32]) == pytest.approx(1.0, rel=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiny_groups_have_a_finite_scale_that_is_not_zero(symmetric: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-5, 1e-8, 1e-12, 1e-37, 1e-44):
+        weight = torch.randn(3, 16, generator=generator) * size
+        q = quantize_groups(weight, QuantScheme(4, 16, symmetric=symmetric), dtype)
+        assert bool(torch.isfinite(q.scale).all())
+        assert bool((q.scale > 0).all())
+        error = (dequantize(q, torch.float32) - weight).abs().amax()
+        assert float(error) <= max(float(q.scale.max()), 8 * size)
+
+
+@pytest.mark.xfail(strict=True, reason="review: float16 scales below 6.1e-5 are raised though float16 holds 6e-8")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_small_groups_keep_their_resolution_in_float16(symmetric: bool) -> None:
+    """Weights of 0.001 are common, and 8 bits of them need a scale of 8e-6: within 0.4 % a float16 number."""
+    weight = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)) * 2e-3 - 1e-3
+    scheme = QuantScheme(8, 64, symmetric=symmetric)
+    errors = {
+        dtype: float((dequantize(quantize_groups(weight, scheme, dtype), torch.float32) - weight).square().sum())
+        for dtype in (torch.float16, torch.float32)
+    }
+    assert errors[torch.float16] < 2 * errors[torch.float32]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_that_does_not_fit_is_refused(symmetric: bool) -> None:
+    scheme = QuantScheme(2, 16, symmetric=symmetric)
+    weight = torch.full((2, 16), 1e6)
+    with pytest.raises(SchemeError, match=r"does not fit in torch\.float16.*6\.55e\+04.*--dtype") as caught:
+        quantize_groups(weight, scheme, torch.float16)
+    assert "\n" not in str(caught.value)
+    assert bool(torch.isfinite(quantize_groups(weight, scheme, torch.bfloat16).scale).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_that_are_not_finite_are_refused(symmetric: bool, bad: float) -> None:
+    weight = torch.ones(2, 16)
+    weight[1, 3] = bad
+    with pytest.raises(SchemeError):
+        quantize_groups(weight, QuantScheme(4, 16, symmetric=symmetric), torch.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_groups_of_one_sign_use_the_whole_asymmetric_range(bits: int) -> None:
+    scheme = QuantScheme(bits, 32, symmetric=False)
+    positive = torch.linspace(0.5, 1.0, 32)[None]
+    q = quantize_groups(positive, scheme, torch.float32)
+    assert q.zero_point.tolist() == [[0]]
+    assert int(q.codes[0, -1]) == scheme.levels - 1
+    mirrored = quantize_groups(-positive, scheme, torch.float32)
+    assert mirrored.zero_point.tolist() == [[scheme.levels - 1]]
+    assert torch.equal(mirrored.codes, scheme.levels - 1 - q.codes)
+    assert torch.equal(dequantize(mirrored), -dequantize(q))
+
+
+def test_worked_example() -> None:
+    """By hand: 2 bits, codes 0..3. Symmetric: scale 3 / 1.5 = 2, points -4 -2 0 2. Asymmetric: scale 6 / 3 = 2."""
+    weight = torch.tensor([[-3.0, -0.9, 1.1, 3.0]])
+    q = quantize_groups(weight, QuantScheme(2, 4), torch.float32)
+    assert (q.scale.tolist(), q.zero_point.tolist()) == ([[2.0]], [[2]])
+    assert q.codes.tolist() == [[0, 2, 3, 3]]  # -3 / 2 is a tie and goes to the even -2; 3 / 2 is clamped to 1
+    assert dequantize(q).tolist() == [[-4.0, 0.0, 2.0, 2.0]]
+    q = quantize_groups(weight + 1, QuantScheme(2, 4, symmetric=False), torch.float32)
+    assert (q.scale.tolist(), q.zero_point.tolist()) == ([[2.0]], [[1]])
+    assert dequantize(q).tolist() == [[-2.0, 0.0, 2.0, 4.0]]
+
+
+def test_leading_dimensions_and_dtypes_of_choose_qparams() -> None:
+    groups = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for symmetric in (True, False):
+        scheme = QuantScheme(4, 7, symmetric=symmetric)
+        scale, zero_point = choose_qparams(groups, scheme, torch.bfloat16)
+        assert (list(scale.shape), scale.dtype) == ([2, 3, 5], torch.bfloat16)
+        assert (list(zero_point.shape), zero_point.dtype) == ([2, 3, 5], torch.uint8)
+        alone = choose_qparams(groups[1, 2, 3], scheme, torch.bfloat16)
+        assert (float(scale[1, 2, 3]), int(zero_point[1, 2, 3])) == (float(alone[0]), int(alone[1]))
+
+
+def test_the_weight_is_not_changed() -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    before = weight.clone()
+    for symmetric in (True, False):
+        q = quantize_groups(weight, QuantScheme(4, 16, symmetric=symmetric), torch.float32)
+        codes = q.codes.clone()
+        dequantize(q).zero_()
+        assert torch.equal(q.codes, codes)
+    assert torch.equal(weight, before)
+
+
+def test_a_group_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(SchemeError, match=r"in_features=96.*group_size=64"):
+        quantize_groups(torch.zeros(2, 96), QuantScheme(4, 64), torch.float32)

@@ -1,0 +1,438 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import assert_same, random_weight, schemes, weights
+from torch import Tensor, nn
+
+from quantkit.errors import InputError, KernelError, SchemeError
+from quantkit.grid import dequantize, quantize_groups
+from quantkit.linear import QuantLinear, replace_linears
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+
+BF16 = torch.bfloat16
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(in_features: int, out_features: int, *, bias: bool = True, dtype: torch.dtype = BF16) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    linear.load_state_dict({name: normal(*p.shape) / 8 for name, p in linear.state_dict().items()})
+    return linear
+
+
+class Conv1D(nn.Module):
+    """As in transformers.pytorch_utils: the weight is [in, out]."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(normal(nx, nf))
+        self.bias = nn.Parameter(normal(nf, seed=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class TestProduct:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        weights(schemes(group_sizes=st.sampled_from((None, 8, 32, 64))), act_order=st.booleans()),
+        st.sampled_from([torch.float16, BF16, torch.float32, torch.float64]),
+        st.booleans(),
+        st.lists(st.integers(0, 4), max_size=2),
+    )
+    def test_is_that_of_the_dense_layer(
+        self, q: QuantizedTensor, dtype: torch.dtype, bias: bool, batch: list[int]
+    ) -> None:
+        b = normal(q.out_features).to(dtype) if bias else None
+        layer = QuantLinear.from_quantized(q, b, dtype=dtype)
+        x = normal(*batch, q.in_features).to(dtype)
+        y = layer(x)
+        exact = x.double() @ dequantize(q, torch.float64).T + (0 if b is None else b.double())
+        assert y.dtype == dtype
+        assert y.shape == exact.shape
+        size = x.double().abs() @ dequantize(q, torch.float64).abs().T + exact.abs()
+        assert bool(((y.double() - exact).abs() <= 3 * torch.finfo(dtype).eps * size).all())
+        assert_same(layer.quantized(), q)
+
+    @pytest.mark.parametrize("scheme", ["w4a16_g64", "w4a16_g64_asym", "w8a16", "w3a16_g16"])
+    @pytest.mark.parametrize("dtype", [BF16, torch.float64])
+    def test_gradient_of_x(self, scheme: str, dtype: torch.dtype) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48, dtype=dtype), scheme)
+        x = normal(2, 3, 128).to(dtype).requires_grad_()
+        grad = normal(2, 3, 48, seed=3).to(dtype)
+        layer(x).backward(grad)
+        expected = grad.double() @ dequantize(layer.quantized(), torch.float64)
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-2)
+        assert not any(p.requires_grad for p in layer.parameters())
+
+    def test_gradient_over_several_blocks_of_rows(self) -> None:
+        layer = QuantLinear(random_weight(QuantScheme(4, 64), 2112, 1024), dtype=BF16)
+        x = normal(2, 1024).to(BF16).requires_grad_()
+        layer(x).sum().backward()
+        expected = dequantize(layer.quantized(), torch.float64).sum(0).expand(2, 1024)
+        assert x.grad is not None
+        assert float((x.grad - expected).norm() / expected.norm()) < 0.01
+
+    def test_gradient_through_a_network(self) -> None:
+        net = nn.Sequential(dense(64, 32, dtype=torch.float64), nn.GELU(), dense(32, 16, dtype=torch.float64))
+        replace_linears(net, QuantScheme(4, 16))
+        x = normal(3, 64).double().requires_grad_()
+        assert torch.autograd.gradcheck(net, (x,))
+
+    def test_no_graph_without_a_gradient(self) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48), "w4a16_g64")
+        assert layer(normal(2, 128).to(BF16)).grad_fn is None
+        with torch.no_grad():
+            assert layer(normal(2, 128).to(BF16).requires_grad_()).grad_fn is None
+        with torch.inference_mode():
+            assert layer(normal(2, 128).to(BF16)).shape == (2, 48)
+
+    @pytest.mark.parametrize(
+        ("x", "reason"),
+        [
+            (torch.ones(2, 128), r"x is torch.float32, the layer torch.bfloat16; call .to\(torch.bfloat16\)"),
+            (torch.ones(2, 128, dtype=torch.int64), "x is torch.int64"),
+            (torch.ones(2, 64, dtype=BF16), r"x is \[2, 64\]; the layer takes \[..., 128\]"),
+            (torch.tensor(1, dtype=BF16), r"x is \[\]"),
+            (torch.ones(2, 128, dtype=BF16, device="meta"), "x is on meta, the layer on cpu"),
+        ],
+    )
+    def test_bad_input(self, x: Tensor, reason: str) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48), "w4a16_g64")
+        with pytest.raises(KernelError, match=reason) as caught:
+            layer(x)
+        assert "\n" not in str(caught.value)
+
+
+class TestFromLinear:
+    @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, torch.float64])
+    def test_rounds_to_nearest(self, dtype: torch.dtype) -> None:
+        linear = dense(96, 40, dtype=dtype)
+        layer = QuantLinear.from_linear(linear, QuantScheme(4, 32, symmetric=False))
+        scale_dtype = torch.float32 if dtype == torch.float64 else dtype
+        assert layer.quantized().scale.dtype == scale_dtype
+        assert layer.weight.dtype == dtype
+        step = layer.quantized().scale.double().repeat_interleave(32, 1)
+        error = (layer.weight.double() - linear.weight.double()).abs()
+        assert bool((error <= step * 0.51 + 0.01 * linear.weight.double().abs()).all())
+        assert layer.bias is not None
+        assert torch.equal(layer.bias, linear.bias)
+
+    def test_sizes_and_names(self) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48, bias=False), "w4a16_g64_asym")
+        assert (layer.in_features, layer.out_features, layer.bias) == (128, 48, None)
+        assert layer.scheme == QuantScheme(4, 64, symmetric=False)
+        assert layer.backend == "cpu"
+        shown = "in_features=128, out_features=48, bias=False, scheme=w4a16_g64_asym, dtype=bfloat16, backend=cpu"
+        assert shown in repr(layer)
+        assert list(layer.parameters()) == []
+        named = QuantLinear.from_linear(dense(128, 48), "w4a16_g64", backend="reference")
+        assert named.backend == "reference"
+
+    def test_keeps_the_mode(self) -> None:
+        assert not QuantLinear.from_linear(dense(128, 48).eval(), "w8a16").training
+
+    def test_conv1d(self) -> None:
+        conv = Conv1D(48, 128)
+        layer = QuantLinear.from_linear(conv, "w8a16")
+        assert (layer.in_features, layer.out_features) == (128, 48)
+        x = normal(5, 128)
+        torch.testing.assert_close(layer(x), conv(x), rtol=0.02, atol=0.3)
+
+    def test_conv1d_of_transformers(self) -> None:
+        from transformers.pytorch_utils import Conv1D as TheirConv1D
+
+        layer = QuantLinear.from_linear(TheirConv1D(48, 128), "w8a16")
+        assert (layer.in_features, layer.out_features) == (128, 48)
+
+    def test_refusals(self) -> None:
+        with pytest.raises(InputError, match="Embedding is not a linear layer"):
+            QuantLinear.from_linear(nn.Embedding(3, 4), "w8a16")
+        with pytest.raises(SchemeError, match="in_features=100 is not a multiple of group_size=64"):
+            QuantLinear.from_linear(dense(100, 48), QuantScheme(4, 64))
+        with pytest.raises(KernelError, match="meta"):
+            QuantLinear.from_linear(nn.Linear(128, 48, device="meta"), "w8a16")
+        with pytest.raises(KernelError, match="cpu refuses activations of torch"):
+            QuantLinear.from_linear(dense(128, 48, dtype=torch.float32), "w8a16", backend="cpu")
+        with pytest.raises(InputError, match=r"bias is \[3\]"):
+            QuantLinear(random_weight(QuantScheme(4, 64), 48, 128), torch.zeros(3), dtype=BF16)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    @pytest.mark.parametrize("scheme", ["w4a16_g128", "w8a16"])
+    def test_a_module_is_as_large_as_its_bits(self, scheme: str, backend: str) -> None:
+        layer = QuantLinear.from_linear(dense(1024, 512, bias=False), scheme, backend=backend)
+        layer(normal(2, 1024).to(BF16))
+        bits = sum(b.untyped_storage().nbytes() for b in layer.buffers()) * 8 / (1024 * 512)
+        assert layer.scheme.bits <= bits <= layer.scheme.bits + 0.26
+        # Nothing else is kept anywhere in the object.
+        held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+        assert held == []
+
+
+class TestMoving:
+    Q = random_weight(QuantScheme(4, 64, symmetric=False), 48, 128, dtype=torch.float16)
+
+    def layer(self, backend: str | None = None) -> QuantLinear:
+        return QuantLinear(self.Q, normal(48), dtype=BF16, backend=backend)
+
+    @pytest.mark.parametrize(
+        ("move", "dtype", "backend"),
+        [
+            (lambda m: m.half(), torch.float16, "reference"),
+            (lambda m: m.float(), torch.float32, "reference"),
+            (lambda m: m.double(), torch.float64, "reference"),
+            (lambda m: m.float().bfloat16(), BF16, "cpu"),
+            (lambda m: m.to(torch.float16), torch.float16, "reference"),
+            (lambda m: m.to("cpu"), BF16, "cpu"),
+            (lambda m: m.to("cpu", torch.float32), torch.float32, "reference"),
+            (lambda m: m.type(torch.float32), torch.float32, "reference"),
+            (lambda m: m.share_memory(), BF16, "cpu"),
+        ],
+    )
+    def test_keeps_codes_and_scales(
+        self, move: Callable[[nn.Module], nn.Module], dtype: torch.dtype, backend: str
+    ) -> None:
+        net = nn.Sequential(self.layer())
+        layer = move(net)[0]  # type: ignore[index]
+        assert_same(layer.quantized(), self.Q)
+        assert (layer.spec.dtype, layer.bias.dtype, layer.backend) == (dtype, dtype, backend)
+        assert layer(normal(2, 128).to(dtype)).dtype == dtype
+
+    def test_a_named_backend_is_not_given_up(self) -> None:
+        assert self.layer("reference").float().bfloat16().backend == "reference"
+        layer = self.layer("cpu")
+        with pytest.raises(KernelError, match="cpu refuses"):
+            layer.float()
+        assert_same(layer.quantized(), self.Q)
+        assert layer(normal(2, 128).to(BF16)).dtype == BF16
+
+    def test_meta_holds_nothing(self) -> None:
+        with pytest.raises(KernelError, match="meta"):
+            self.layer().to("meta")
+
+    def test_deepcopy(self) -> None:
+        net = nn.Sequential(self.layer())
+        twin = copy.deepcopy(net)
+        x = normal(2, 128).to(BF16)
+        assert torch.equal(net(x), twin(x))
+        ours, theirs = list(net.buffers()), list(twin.buffers())
+        assert len(ours) == len(theirs) > 0
+        assert not {b.data_ptr() for b in ours} & {b.data_ptr() for b in theirs}
+
+
+class TestStateDict:
+    @pytest.mark.parametrize("source", ["cpu", "reference"])
+    @pytest.mark.parametrize("target", ["cpu", "reference"])
+    def test_does_not_depend_on_the_backend(self, source: str, target: str) -> None:
+        scheme = QuantScheme(4, 64, symmetric=False)
+        a, b = (random_weight(scheme, 48, 128, seed=seed, dtype=torch.float16) for seed in (1, 2))
+        ours = nn.Sequential(QuantLinear(a, normal(48), dtype=BF16, backend=source))
+        theirs = nn.Sequential(QuantLinear(b, torch.zeros(48), dtype=BF16, backend=target))
+        state = ours.state_dict()
+        assert set(state) == {"0.weight_packed", "0.scale", "0.zero_point", "0.bias"}
+        assert state["0.weight_packed"].dtype == torch.int32
+        theirs.load_state_dict(state)
+        layer = theirs[0]
+        assert isinstance(layer, QuantLinear)
+        assert layer.backend == target
+        assert_same(layer.quantized(), a)
+        assert layer.bias is not None
+        assert torch.equal(layer.bias, normal(48).to(BF16))
+
+    def test_g_idx(self) -> None:
+        a, b = (random_weight(QuantScheme(3, 8), 5, 32, seed=seed, act_order=True) for seed in (1, 2))
+        layer = QuantLinear(b, dtype=torch.float32)
+        layer.load_state_dict(QuantLinear(a, dtype=torch.float32).state_dict())
+        assert_same(layer.quantized(), a)
+
+    def test_errors(self) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48), "w4a16_g64")
+        state = layer.state_dict()
+        with pytest.raises(RuntimeError, match=r'Missing key.*"scale"'):
+            layer.load_state_dict({k: v for k, v in state.items() if k != "scale"})
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
+            layer.load_state_dict({**state, "extra": torch.zeros(1)})
+        other = QuantLinear.from_linear(dense(128, 48), "w8a16")
+        with pytest.raises(RuntimeError, match="packed words must be int32"):
+            layer.load_state_dict(other.state_dict())
+
+
+class Mlp(nn.Module):
+    """An ordinary torch module, with names, a tied head and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.up = dense(64, 128, dtype=torch.float32)
+        self.down = nn.ModuleDict({"a": dense(128, 64, dtype=torch.float32)})
+        self.down["b"] = self.down["a"]
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.down["a"](torch.relu(self.up(x)))
+        x = x + self.down["b"](torch.relu(self.up(x)))
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+class TestReplaceLinears:
+    def test_an_ordinary_model(self) -> None:
+        model, tokens = Mlp(), torch.arange(20).view(2, 10)
+        with torch.no_grad():
+            before = model(tokens)
+        replaced = replace_linears(model, "w8a16")
+        assert set(replaced) == {"up", "down.a", "down.b"}
+        assert replaced["down.a"] is replaced["down.b"]
+        assert all(model.get_submodule(name) is layer for name, layer in replaced.items())
+        assert type(model.head) is nn.Linear
+        assert model.head.weight is model.embed.weight
+        with torch.no_grad():
+            after = model(tokens)
+        assert 0 < float((after - before).norm() / before.norm()) < 0.02
+
+    def test_worse_with_fewer_bits(self) -> None:
+        tokens, errors = torch.arange(20), []
+        for scheme in ("w8a16_g32", "w4a16_g32", "w2a16_g32"):
+            model = Mlp()
+            model.load_state_dict({n: normal(*t.shape) / 8 for n, t in model.state_dict().items()})
+            before = model(tokens)
+            replace_linears(model, scheme)
+            errors.append(float((model(tokens) - before).norm().detach()))
+        assert errors[0] * 4 < errors[1] < errors[2] / 2
+
+    def test_is_round_to_nearest(self) -> None:
+        model = Mlp()
+        expected = quantize_groups(model.up.weight.detach(), QuantScheme(4, 32), torch.float32)
+        assert_same(replace_linears(model, QuantScheme(4, 32))["up"].quantized(), expected)
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("padded", [True, False])
+    def test_a_transformer_encoder(self, batch_first: bool, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its fused path would read dense weights and never call a linear layer."""
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).eval()
+        x = normal(3, 3, 64)
+        mask = torch.tensor([[False, False, True]] * 3) if padded else None
+        called: list[QuantLinear] = []
+        multiply = QuantLinear._multiply
+
+        def spy(self: QuantLinear, x: Tensor) -> Tensor:
+            called.append(self)
+            return multiply(self, x)
+
+        monkeypatch.setattr(QuantLinear, "_multiply", spy)
+        with torch.no_grad():
+            before = model(x, src_key_padding_mask=mask)
+            replaced = replace_linears(model, "w8a16")
+            after = model(x, src_key_padding_mask=mask)
+        assert list(replaced) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+        assert called == list(replaced.values())
+        seen = torch.arange(2 if padded else 3)
+        difference = (after - before).index_select(1 if batch_first else 0, seen)
+        assert 0 < float(difference.norm() / before.norm()) < 0.02
+
+    def test_attention_reads_the_weight_of_its_projection_itself(self) -> None:
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4), "out": dense(64, 16)})
+        assert set(replace_linears(model, "w8a16")) == {"out"}
+        assert model["attention"](*[normal(3, 2, 64)] * 3)[0].shape == (3, 2, 64)
+
+    def test_a_subclass_with_its_own_forward_stays(self) -> None:
+        class Scaled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        class Renamed(nn.Linear):
+            pass
+
+        model = nn.Sequential(Scaled(64, 16), Renamed(64, 16))
+        assert set(replace_linears(model, "w8a16")) == {"1"}
+
+    def test_conv1d(self) -> None:
+        model = nn.Sequential(Conv1D(48, 128), nn.GELU(), Conv1D(16, 48))
+        x = normal(4, 128)
+        before = model(x)
+        assert set(replace_linears(model, "w8a16")) == {"0", "2"}
+        assert float((model(x) - before).norm() / before.norm()) < 0.02
+
+    def test_skip(self) -> None:
+        assert set(replace_linears(Mlp(), "w8a16", skip=["down"])) == {"up"}
+        assert set(replace_linears(Mlp(), "w8a16", skip="up")) == {"down.a", "down.b"}
+        assert set(replace_linears(Mlp(), "w8a16", skip=lambda name, _: name.endswith("b"))) == {"up", "down.a"}
+        with pytest.raises(InputError, match="no module 'dwon'; did you mean down"):
+            replace_linears(Mlp(), "w8a16", skip=["dwon"])
+
+    def test_a_weight_that_a_skipped_layer_shares_stays(self) -> None:
+        model = nn.Sequential(dense(64, 64), dense(64, 64), dense(64, 64))
+        model[1].weight = model[0].weight
+        assert set(replace_linears(model, "w8a16", skip=["0"])) == {"2"}
+
+    def test_all_shapes_are_checked_before_anything_is_touched(self) -> None:
+        model = nn.Sequential(dense(128, 96), dense(96, 100), dense(100, 64))
+        with pytest.raises(SchemeError) as caught:
+            replace_linears(model, "w4a16_g128")
+        text = str(caught.value)
+        assert "2 of 3 layers cannot have w4a16_g128_sym" in text
+        assert "1: in_features=96 is not a multiple of group_size=128; choose a divisor (16, 24, 32, 48, 96)" in text
+        assert "2: in_features=100 " in text
+        assert "\n" not in text
+        assert all(type(linear) is nn.Linear for linear in model)
+
+    def test_a_weight_that_is_not_finite(self) -> None:
+        model = nn.Sequential(dense(64, 64), dense(64, 64))
+        with torch.no_grad():
+            model.get_parameter("1.weight")[3, 5] = float("nan")
+        with pytest.raises(SchemeError, match=r"^1: "):
+            replace_linears(model, "w8a16")
+        assert all(type(linear) is nn.Linear for linear in model)
+
+    def test_a_backend_that_cannot(self) -> None:
+        model = nn.Sequential(dense(64, 64), dense(64, 40))
+        with pytest.raises(KernelError, match=r"^1: Linear\(64, 40, .*cpu refuses out_features=40"):
+            replace_linears(model, "w4a16_g64", backend="cpu")
+        assert all(type(linear) is nn.Linear for linear in model)
+
+    def test_a_model_that_is_a_linear_layer(self) -> None:
+        with pytest.raises(InputError, match="use QuantLinear"):
+            replace_linears(dense(64, 64), "w8a16")
+
+    def test_twice(self) -> None:
+        model = Mlp()
+        replace_linears(model, "w8a16")
+        assert replace_linears(model, "w8a16") == {}
+
+
+def test_generates_in_transformers() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    replaced = replace_linears(model, "w4a16_g64")
+    assert len(replaced) == 2 * 7
+    assert "lm_head" not in replaced
+    assert {layer.backend for layer in replaced.values()} == {"cpu"}
+    out = model.generate(torch.arange(5)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 9)

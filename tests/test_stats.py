@@ -1,0 +1,119 @@
+"""LayerStats: the Hessian is 2/n XᵀX, however the tokens were cut into batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantkit.stats import LayerStats, Stat
+
+HESSIAN = frozenset({Stat.HESSIAN})
+CPU = torch.device("cpu")
+
+
+def inputs(seed: int, tokens: int, width: int) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(x: Tensor) -> Tensor:
+    """float64 2/n Σ x xᵀ, summed token by token."""
+    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    for token in x.double():
+        total += torch.outer(token, token)
+    return 2 * total / len(x)
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.diagonal().mean()))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**16), st.integers(1, 19), st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_any_split_into_batches_gives_the_same_hessian(seed: int, width: int, batches: list[int]) -> None:
+    x = inputs(seed, sum(batches), width)
+    stats = LayerStats(width, HESSIAN, CPU)
+    for batch in x.split(batches):
+        stats.update(batch)
+    assert stats.num_tokens == sum(batches)
+    assert_close(stats.hessian, expected(x))
+
+
+def test_leading_dimensions_are_tokens() -> None:
+    x = inputs(0, 24, 5)
+    stats = LayerStats(5, HESSIAN, CPU)
+    stats.update(x[:12].reshape(2, 3, 2, 5))
+    stats.update(x[12])
+    stats.update(x[13:].reshape(1, 11, 5).transpose(0, 1))
+    assert stats.num_tokens == 24
+    assert_close(stats.hessian, expected(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """A sum of 2000 products in bfloat16 would be wrong in the second digit."""
+    x = inputs(1, 2000, 6).to(dtype)
+    stats = LayerStats(6, HESSIAN, CPU)
+    for batch in x.split(100):
+        stats.update(batch)
+    assert_close(stats.hessian, expected(x))
+
+
+def test_products_beyond_float16_do_not_overflow() -> None:
+    stats = LayerStats(2, HESSIAN, CPU)
+    stats.update(torch.full((4, 2), 1000.0, dtype=torch.float16))
+    assert stats.hessian.tolist() == [[2e6, 2e6], [2e6, 2e6]]
+
+
+def test_reading_does_not_end_the_gathering() -> None:
+    x = inputs(2, 20, 3)
+    stats = LayerStats(3, HESSIAN, CPU)
+    stats.update(x[:7])
+    first = stats.hessian
+    first.zero_()  # the reader may do as it likes with its copy
+    stats.update(x[7:])
+    assert_close(stats.hessian, expected(x))
+    assert torch.equal(stats.hessian, stats.hessian)
+
+
+def test_inputs_are_neither_changed_nor_tracked() -> None:
+    x = inputs(3, 8, 3).requires_grad_()
+    before = x.detach().clone()
+    stats = LayerStats(3, HESSIAN, CPU)
+    stats.update(x)
+    assert not stats.hessian.requires_grad
+    assert torch.equal(x.detach(), before)
+
+
+def test_the_hessian_is_symmetric() -> None:
+    stats = LayerStats(9, HESSIAN, CPU)
+    for seed in range(3):
+        stats.update(inputs(seed, 11, 9))
+    torch.testing.assert_close(stats.hessian, stats.hessian.T, rtol=1e-6, atol=1e-6)
+
+
+def test_what_was_not_asked_for_is_an_error() -> None:
+    stats = LayerStats(3, frozenset(), CPU)
+    stats.update(inputs(0, 4, 3))
+    assert stats.num_tokens == 4
+    with pytest.raises(ValueError, match="no Hessian was gathered"):
+        _ = stats.hessian
+
+
+def test_no_token_is_an_error_and_not_a_division_by_zero() -> None:
+    stats = LayerStats(3, HESSIAN, CPU)
+    with pytest.raises(ValueError, match="at least one token"):
+        _ = stats.hessian
+    stats.update(torch.empty(0, 3))
+    with pytest.raises(ValueError, match="at least one token"):
+        _ = stats.hessian
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_inputs_of_another_width_are_refused(width: int) -> None:
+    stats = LayerStats(3, HESSIAN, CPU)
+    with pytest.raises(RuntimeError):
+        stats.update(inputs(0, 4, width))
