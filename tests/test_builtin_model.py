@@ -87,9 +87,7 @@ def rounded(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:
         if isinstance(linear, torch.nn.Linear):
             groups = linear.weight.reshape(-1, 128)
             scale = groups.abs().amax(1, keepdim=True) / (half - 0.5)
-            linear.weight.copy_(
-                ((groups / scale).round().clamp(-half, half - 1) * scale).view_as(linear.weight)
-            )
+            linear.weight.copy_(((groups / scale).round().clamp(-half, half - 1) * scale).view_as(linear.weight))
     return copied
 
 

@@ -103,9 +103,7 @@ def test_only_the_standard_library_is_read() -> None:
     stdlib = Path(sysconfig.get_path("stdlib"))
     top_levels = {path.relative_to(stdlib).parts[0] for path in builtin_text._sources(stdlib)}
     assert {"email", "argparse.py"} <= top_levels
-    assert top_levels.isdisjoint(
-        {"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "ensurepip"}
-    )
+    assert top_levels.isdisjoint({"site-packages", "dist-packages", "test", "idlelib", "lib2to3", "ensurepip"})
 
 
 def test_modules_are_parsed_not_imported(stdlib: Path) -> None:

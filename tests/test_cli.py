@@ -103,9 +103,10 @@ def test_help_and_version(run: Run) -> None:
     assert "quantize" in run("--help")
     text = run("quantize", "--help")
     for option in (
-        "--output --recipe --scheme --method --group-size --symmetric --asymmetric --calibration --num-samples "
-        "--sequence-length --seed --format --device --dtype --dry-run --resume --overwrite --log-json"
-    ).split():
+        *("--output", "--recipe", "--scheme", "--method", "--group-size", "--symmetric", "--asymmetric"),
+        *("--calibration", "--num-samples", "--sequence-length", "--seed", "--format", "--device", "--dtype"),
+        *("--dry-run", "--resume", "--overwrite", "--log-json"),
+    ):
         assert option in text
     assert run("--version").startswith("quantkit ")
 
@@ -144,9 +145,7 @@ def test_no_weights_or_pickles_only(refused: Callable[..., str], model_copy: Pat
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
     ],
 )
-def test_bad_config(
-    refused: Callable[..., str], model_copy: Path, changes: dict[str, object], expected: str
-) -> None:
+def test_bad_config(refused: Callable[..., str], model_copy: Path, changes: dict[str, object], expected: str) -> None:
     config = json.loads((model_copy / "config.json").read_text())
     (model_copy / "config.json").write_text(json.dumps({**config, **changes}))
     assert expected in refused(model_copy)

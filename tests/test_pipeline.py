@@ -27,7 +27,9 @@ SCHEME = QuantScheme(4, 32)
 RECIPE = {"scheme": "w4a16_g32", "method": "gptq"}
 
 
-def decoded(path: Path, schemes: dict[str, QuantScheme], shapes: dict[str, tuple[int, int]]) -> dict[str, QuantizedTensor]:
+def decoded(
+    path: Path, schemes: dict[str, QuantScheme], shapes: dict[str, tuple[int, int]]
+) -> dict[str, QuantizedTensor]:
     """Every quantized layer of a directory whose tensors are named as its modules are."""
     checkpoint = Checkpoint(path)
     found = {}
@@ -47,7 +49,9 @@ def whole_model_gptq(path: Path, samples: Sequence[Tensor]) -> dict[str, Quantiz
     solved = {}
     for index, block in enumerate(found.blocks):
         linears = find_linears(block)
-        stats = {n: LayerStats(_shape(m)[1], frozenset({Stat.HESSIAN}), torch.device("cpu")) for n, m in linears.items()}
+        stats = {
+            n: LayerStats(_shape(m)[1], frozenset({Stat.HESSIAN}), torch.device("cpu")) for n, m in linears.items()
+        }
         handles = [m.register_forward_pre_hook(_updates(stats[n])) for n, m in linears.items()]
         for sample in samples:
             model(input_ids=sample[None], use_cache=False)
@@ -71,12 +75,14 @@ def _updates(stats: LayerStats) -> Callable[[nn.Module, Any], None]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_equals_whole_model(family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path) -> None:
+def test_streaming_equals_whole_model(
+    family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
     """Masks, position embeddings and sliding windows reach every block as in the model itself."""
     expected = whole_model_gptq(tiny(family), tokens)
     quantkit.quantize(tiny(family), tmp_path / "out", recipe=RECIPE, tokens=tokens)
@@ -93,7 +99,7 @@ def test_streaming_equals_whole_model(family: str, tiny: Callable[[str], Path], 
 def test_rtn_needs_no_data(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """RTN runs without tokens or a tokenizer, and quantizes exactly the linear layers of the blocks."""
     result = quantkit.quantize(tiny(family), tmp_path / "out", recipe={"scheme": "w4a16_g32_asym", "method": "rtn"})
-    dense = {n: t for n, t in Checkpoint(tiny(family)).tensors.items()}
+    dense = Checkpoint(tiny(family)).tensors
     written = Checkpoint(tmp_path / "out").tensors
     names = {layer["name"] for layer in result.report["layers"]}
     stems = {n.rpartition(".")[0] for n in written if n.endswith(".weight_packed")}
@@ -107,7 +113,7 @@ def test_two_passes_a_block(tiny: Callable[[str], Path], tokens: list[Tensor], t
     prepared = prepare(tiny("gemma3_text"), tmp_path / "out", recipe=RECIPE, tokens=tokens)
     calls: Counter[int] = Counter()
     for index, block in enumerate(prepared.plan.skeleton.blocks):
-        block.register_forward_hook(lambda *_, index=index: calls.update([index]))  # type: ignore[misc]
+        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
     execute(prepared)
     assert calls == {0: 2 * len(tokens), 1: 2 * len(tokens), 2: len(tokens)}
 

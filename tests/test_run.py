@@ -55,7 +55,7 @@ def test_output_holds_everything(built: Path) -> None:
     for name in set(source.tensors) & set(written.tensors):
         assert torch.equal(source.read([name])[name], written.read([name])[name])
     assert not partial_path(built).exists()
-    assert os.stat(built / "config.json").st_mode == os.stat(next(built.glob("*.safetensors"))).st_mode
+    assert (built / "config.json").stat().st_mode == next(built.glob("*.safetensors")).stat().st_mode
 
 
 def test_report(built: Path) -> None:
@@ -101,9 +101,7 @@ class _Interrupt:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
-def test_resume_after_any_event(
-    family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
-) -> None:
+def test_resume_after_any_event(family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path) -> None:
     """Stopped at any event, the run resumes to the same bytes and solves no finished block again."""
     whole = _Interrupt(None)
     quantkit.quantize(tiny(family), tmp_path / "whole", recipe=RECIPE, tokens=tokens, observer=whole)

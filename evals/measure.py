@@ -1,0 +1,107 @@
+"""Run a command and measure what it cost: CPU time and peak resident memory of the whole process.
+
+Standard library only, because the kernel counts the memory of the parent at the start of the child into the child's peak.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+QUANTKIT = (sys.executable, "-m", "quantkit")
+_PACKAGES = ("quantkit", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A finished command.
+
+    Attributes:
+        exit_code: 0 is success; negative is the signal that ended it.
+        output: what it printed on both streams.
+        cpu_seconds: user and system time, of all its threads.
+        wall_seconds: from start to end.
+        peak_bytes: the most memory that was resident at a time, mapped files counted (ru_maxrss).
+    """
+
+    exit_code: int
+    output: str
+    cpu_seconds: float
+    wall_seconds: float
+    peak_bytes: int
+
+
+def measure(command: Sequence[str], data_limit: int | None = None) -> Usage:
+    """Run a command to its end.
+
+    Args:
+        command: program and arguments; no shell.
+        data_limit: RLIMIT_DATA in bytes: the kernel refuses the process more private writable memory (heap, anonymous
+            and private file mappings) than this. The shell's word for it is ``ulimit -d KIBIBYTES``.
+    """
+
+    def limit() -> None:
+        if data_limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+
+    with tempfile.TemporaryFile() as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit)  # noqa: PLW1509
+        _, status, used = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    return Usage(process.returncode, text, used.ru_utime + used.ru_stime, wall, used.ru_maxrss * 1024)
+
+
+def measure_success(command: Sequence[str], data_limit: int | None = None) -> Usage:
+    """:func:`measure`, and the study ends here when the command fails."""
+    print(f"$ {shown(command)}", flush=True)
+    usage = measure(command, data_limit)
+    if usage.exit_code != 0:
+        sys.exit(f"exit code {usage.exit_code}:\n{usage.output}")
+    return usage
+
+
+def baseline() -> int:
+    """Peak resident bytes of an interpreter that imports what every quantkit run imports, and does nothing."""
+    imports = "import torch, transformers, quantkit.run; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    return measure_success((sys.executable, "-c", imports)).peak_bytes
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as it is typed."""
+    return shlex.join(command).replace(shlex.join(QUANTKIT), "quantkit")
+
+
+def surroundings() -> dict[str, Any]:
+    """Date, machine and versions."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
+        "load_average_at_start": os.getloadavg()[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,1 @@
+"""Peak memory against the number of decoder blocks."""

@@ -1,0 +1,80 @@
+"""The plan's figures against what is written, and the checks of disk and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import quantkit
+from quantkit.checkpoint import Checkpoint
+from quantkit.plan import check_disk, check_memory, make_plan
+from quantkit.recipe import make_recipe
+from quantkit.skeleton import check_complete
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g16_asym", "w8a16", "w5a16_channel_asym"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gpt_neox"])
+def test_projected_size_is_the_size(family: str, scheme: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    result = quantkit.quantize(tiny(family), tmp_path / "q", recipe={"scheme": scheme, "method": "rtn"})
+    written = Checkpoint(tmp_path / "q")
+    assert result.report["size_after"] == written.nbytes
+    assert result.report["size_before"] == Checkpoint(tiny(family)).nbytes
+
+
+def test_skipped_layers_are_named(tiny: Callable[[str], Path]) -> None:
+    recipe = make_recipe({"scheme": "w4a16_g32", "rules": [{"match": "*.1.mlp.*", "skip": True}]})
+    plan = make_plan(Checkpoint(tiny("llama")), recipe)
+    assert dict(plan.skipped) == {
+        "lm_head": "outside of the blocks",
+        **{f"model.layers.1.mlp.{n}_proj": "kept by a rule" for n in ("gate", "up", "down")},
+    }
+    check_complete(plan.skeleton, plan.checkpoint)
+
+
+def test_nothing_left(tiny: Callable[[str], Path]) -> None:
+    recipe = make_recipe({"scheme": "w4a16_g32", "rules": [{"match": "*", "skip": True}]})
+    with pytest.raises(quantkit.RecipeError, match="nothing is left"):
+        make_plan(Checkpoint(tiny("llama")), recipe)
+
+
+def test_fused_layers_with_unequal_schemes(tiny: Callable[[str], Path]) -> None:
+    rules = [{"match": "*.k_proj", "skip": True}, {"match": "*.0.mlp.up_proj", "scheme": "w8a16"}]
+    plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32", "rules": rules}))
+    assert len(plan.notes) == 4  # q/k/v of three blocks, gate/up of one
+    assert any("model.layers.0.mlp.up_proj: w8a16_channel_sym" in note for note in plan.notes)
+    assert make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"})).notes == ()
+
+
+def test_peak_memory_does_not_grow_with_blocks_and_grows_with_what_it_should(tiny: Callable[[str], Path]) -> None:
+    plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"}))
+    rtn = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32", "method": "rtn"}))
+    assert plan.peak_memory(1000, 100) > rtn.peak_memory(1000, 100)
+    assert plan.peak_memory(2000, 100) - plan.peak_memory(1000, 100) == 1000 * 64 * 4
+    assert plan.peak_memory(1000, 200) > plan.peak_memory(1000, 100)
+    assert rtn.activation_bytes(1000) == 0
+
+
+class _Free(NamedTuple):
+    free: int = 0
+    available: int = 0
+
+
+def test_no_disk_or_memory(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.disk_usage", lambda _: _Free())
+    recipe = {"scheme": "w4a16_g32", "method": "rtn"}
+    with pytest.raises(quantkit.OutputError, match="the disk has 0 MiB free"):
+        quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=recipe)
+    monkeypatch.undo()
+    monkeypatch.setattr("psutil.virtual_memory", _Free)
+    with pytest.raises(quantkit.OutputError, match="0 MiB are available"):
+        quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_disk_and_memory_suffice(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"}))
+    check_disk(plan, tmp_path / "not" / "there" / "yet", 1000)
+    check_memory(plan, 1000, 100)
