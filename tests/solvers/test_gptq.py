@@ -268,6 +268,21 @@ def test_inputs_are_not_changed_and_results_repeat() -> None:
     assert torch.equal(stats.hessian, hessian)
 
 
+@pytest.mark.parametrize(
+    "group_size",
+    [
+        16,
+        pytest.param(
+            None, marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="review: see test_qtensor")
+        ),
+    ],
+)
+def test_the_result_has_a_digest(group_size: int | None) -> None:
+    """The pipeline takes it of every layer, and of its rows where layers were solved together."""
+    q = GPTQ().solve(randn(24, 8, 64), QuantScheme(4, group_size), correlated(25, 64), torch.float32).weight
+    assert q.rows(0, 4).digest() != q.rows(4, 8).digest()
+
+
 def test_strided_weights() -> None:
     """A Conv1D's weight comes as a transposed view."""
     weight, stats, scheme = randn(14, 64, 5), correlated(15, 64), QuantScheme(4, 16)
