@@ -1,6 +1,7 @@
 """Run a command and measure what it cost: CPU time and peak resident memory of the whole process.
 
-Standard library only, because the kernel counts the memory of the parent at the start of the child into the child's peak.
+Standard library only, so that this process is small: the kernel counts what the parent held when the child started into
+the child's peak.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def measure(command: Sequence[str], data_limit: int | None = None) -> Usage:
 
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit)  # noqa: PLW1509
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit)
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -78,7 +79,7 @@ def measure_success(command: Sequence[str], data_limit: int | None = None) -> Us
 
 def baseline() -> int:
     """Peak resident bytes of an interpreter that imports what every quantkit run imports, and does nothing."""
-    imports = "import torch, transformers, quantkit.run; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    imports = "import torch, quantkit.run; from transformers import AutoTokenizer, LlamaForCausalLM"
     return measure_success((sys.executable, "-c", imports)).peak_bytes
 
 

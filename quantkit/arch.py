@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Layers that serving engines fuse into one matrix (vLLM's packed_modules_mapping): they must share one scheme.
 FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-_INDEX = re.compile(r"\.\d+(?=\.)")
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,10 +191,12 @@ def _console() -> Console:
 def _quiet() -> None:
     """Keep the libraries' own progress bars and warnings out of the display."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 def _scheme(stated: dict[str, Any], name: str | None, group_size: int | None, symmetric: bool | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def choose_qparams(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> t
     """Scale and zero point from the extremes of each group (min-max).
 
     The scale is rounded to ``dtype``, the dtype that ships, before anything is quantized with it. A group of zeros
-    gets scale 1, and a scale that ``dtype`` would flush to zero gets its smallest normal number.
+    gets scale 1, and a scale that ``dtype`` would flush to zero gets its smallest (normal) number.
 
     Args:
         groups: float [..., columns]; one scale for each leading index.
@@ -94,4 +94,6 @@ def _shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
                 "use a wider --dtype (bfloat16 or float32)",
             )
         )
-    return torch.where(scale == 0, 1.0, scale.clamp(min=limits.tiny)).to(dtype)
+    # float16 has no room to waste: below its normal numbers it still holds multiples of 2^-24.
+    smallest = limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
+    return torch.where(scale == 0, 1.0, scale.clamp(min=smallest)).to(dtype)

@@ -22,7 +22,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Returns:
         int32 [rows, ceil(length * bits / 32)]; unused high bits of the last word are zero.
+
+    Raises:
+        ValueError: ``codes`` is not uint8, or ``bits`` is out of range.
     """
+    _check_bits(bits)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes must be uint8, not {codes.dtype}")
     rows, length = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -length % _WORD)).view(rows, -1, _WORD)
     words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
@@ -48,8 +54,9 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
         uint8 [rows, length].
 
     Raises:
-        ValueError: ``words`` is not int32 of that shape.
+        ValueError: ``words`` is not int32 of that shape, or ``bits`` is out of range.
     """
+    _check_bits(bits)
     rows = words.shape[0]
     if words.dtype != torch.int32 or list(words.shape) != [rows, packed_words(length, bits)]:
         raise ValueError(
@@ -65,3 +72,8 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
             value = value | ((padded[:, :, word + 1].to(torch.int64) & 0xFFFFFFFF) << (_WORD - shift))
         codes[:, :, position] = (value & ((1 << bits) - 1)).to(torch.uint8)
     return codes.view(rows, -1)[:, :length].contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, not {bits}")

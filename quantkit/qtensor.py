@@ -68,9 +68,7 @@ class QuantizedTensor:
     def digest(self) -> str:
         """sha256 over scheme, codes, scale and zero points: equal digests mean equal decoded weights."""
         sha = hashlib.sha256(f"{self.scheme} {list(self.codes.shape)} {self.scale.dtype}".encode())
-        parts = [self.codes, self.scale.contiguous().view(torch.uint8), self.zero_point]
-        if self.g_idx is not None:
-            parts.append(self.g_idx.contiguous().view(torch.uint8))
-        for part in parts:
-            sha.update(part.contiguous().cpu().numpy().data)
+        for part in (self.codes, self.scale, self.zero_point, self.g_idx):
+            if part is not None:
+                sha.update(part.flatten().contiguous().cpu().view(torch.uint8).numpy().data)
         return sha.hexdigest()

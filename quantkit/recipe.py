@@ -28,7 +28,8 @@ from quantkit.scheme import QuantScheme, parse_scheme
 from quantkit.solvers import GPTQ, RTN, Solver
 
 _MAX_BYTES = 2**20
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 
 
 def _scheme(value: object) -> object:
@@ -37,6 +38,8 @@ def _scheme(value: object) -> object:
 
 def _method(value: object) -> object:
     """A bare name is that method with its defaults; an unknown one is left for the validator to refuse."""
+    if isinstance(value, dict) and "name" not in value:
+        raise ValueError("the method has no name; add name: rtn or name: gptq")
     if not isinstance(value, str):
         return value
     return next((solver() for solver in (RTN, GPTQ) if solver.name == value), {"name": value})
@@ -82,7 +85,9 @@ class Rule(_Strict):
             try:
                 re.compile(value[3:])
             except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression ({error})") from error
+                raise ValueError(
+                    f"{value!r} is not a regular expression ({error}); write one that Python's re reads"
+                ) from error
         return value
 
     @model_validator(mode="after")
@@ -90,7 +95,7 @@ class Rule(_Strict):
         if self.skip and (self.scheme is not None or self.method is not None):
             raise ValueError("skip: true leaves no room for a scheme or method; remove one of them")
         if not self.skip and self.scheme is None and self.method is None:
-            raise ValueError("a rule needs skip: true, a scheme or a method")
+            raise ValueError("the rule does nothing; add skip: true, a scheme or a method")
         return self
 
     def matches(self, name: str) -> bool:
@@ -112,6 +117,9 @@ class Recipe(_Strict):
         format: the on-disk format.
         dtype: of the forward passes and of the scales on disk; ``auto`` is the model's own.
         activation_memory: bytes of activations between blocks that may lie in memory; more go to a file.
+
+    Raises:
+        pydantic.ValidationError: wrong values, when built directly; :func:`make_recipe` raises RecipeError.
     """
 
     scheme: SchemeField = QuantScheme(4, 128)
@@ -208,31 +216,43 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError, where: str, node: yaml.Node | None) -> str:
-    first = error.errors()[0]
-    loc = tuple(part for part in first["loc"] if part not in ("rtn", "gptq"))
+    found = error.errors()
+    # A misspelled key that is needed is both unknown and missing: the first tells more.
+    first = next((e for e in found if e["type"] in _UNKNOWN), found[0])
+    loc, method = _place(first["loc"])
     line = _line(node, loc)
     place = f"{where}, line {line}" if line is not None else where
     key = ".".join(str(part) for part in loc)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        allowed = _siblings(loc)
+    if first["type"] in _UNKNOWN:
+        allowed = _siblings(loc, method)
         near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         return message(place, f"unknown key {key!r}", hint)
     what = str(first["msg"]).removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] == "value_error":  # our own words, which say what to do
+        return f"{place}: {key}: {what}{shown}"
     return message(place, f"{key}: {what}{shown}", "see recipes/ for complete examples")
 
 
-def _siblings(loc: Sequence[object]) -> list[str]:
-    """The keys that are allowed where the unknown key ``loc[-1]`` stands."""
+def _place(loc: Sequence[int | str]) -> tuple[tuple[int | str, ...], str | None]:
+    """A place in the recipe, without the union tag that pydantic puts behind ``method``, and that tag."""
+    for index, part in enumerate(loc[:-1]):
+        if part == "method":
+            return (*loc[: index + 1], *loc[index + 2 :]), str(loc[index + 1])
+    return tuple(loc), None
+
+
+def _siblings(loc: Sequence[object], method: str | None) -> list[str]:
+    """The keys that are allowed where the unknown key ``loc[-1]`` stands; ``method`` is the method it belongs to."""
     if len(loc) == 1:
         return list(Recipe.model_fields)
     owners: dict[str, list[str]] = {
         "rules": list(Rule.model_fields),
         "calibration": list(CalibrationSpec.__dataclass_fields__),
         "scheme": list(QuantScheme.__dataclass_fields__),
-        "method": sorted({*RTN.__dataclass_fields__, *GPTQ.__dataclass_fields__}),
+        "method": list((GPTQ if method == "gptq" else RTN).__dataclass_fields__),
     }
     return next((owners[str(part)] for part in reversed(loc[:-1]) if str(part) in owners), [])
 
@@ -257,6 +277,12 @@ def _refuse_duplicates(node: yaml.Node | None, where: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(
+                    message(
+                        f"{where}, line {key.start_mark.line + 1}", "a key is a list or a mapping", "use plain words"
+                    )
+                )
             if key.value in seen:
                 raise RecipeError(
                     message(f"{where}, line {key.start_mark.line + 1}", f"key {key.value!r} stands twice", "keep one")

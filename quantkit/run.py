@@ -122,7 +122,7 @@ def prepare(
     check_output(target, overwrite=overwrite, resume=resume)
     placed = resolve_device(device)
     checkpoint = Checkpoint(resolve_model(model))
-    plan = make_plan(checkpoint, make_recipe(_with_length(values, checkpoint), str(recipe)))
+    plan = make_plan(checkpoint, make_recipe(_with_length(values, checkpoint)))
     given = _own_tokens(tokens, plan) if tokens is not None else None
     spec = plan.recipe.calibration
     length = max(map(len, given.samples)) if given else spec.sequence_length

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 from quantkit.errors import SchemeError, message
 
 MIN_BITS, MAX_BITS = 2, 8
-_NAME = re.compile(r"w(?P<bits>\d+)a(?P<act>\d+)(?:_(?:g(?P<group>\d+)|(?P<channel>channel)))?(?:_(?P<sym>sym|asym))?")
+_NAME = re.compile(
+    r"w(?P<bits>\d{1,3})a(?P<act>\d{1,3})(?:_(?:g(?P<group>\d{1,9})|(?P<channel>channel)))?(?:_(?P<sym>sym|asym))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ class QuantScheme:
                     f"group_size={self.group_size!r} is not a number of columns",
                     "choose a positive integer, or null for one scale per output channel",
                 )
+            )
+        if not isinstance(self.symmetric, bool):
+            raise SchemeError(
+                message("scheme", f"symmetric={self.symmetric!r} is not a truth value", "choose true or false")
             )
         if self.act_bits is not None:
             raise SchemeError(

@@ -136,16 +136,12 @@ def test_unpack_refuses_other_dtypes_and_shapes(words: Tensor) -> None:
         unpack(words, 4, 40)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="review: pack() takes any dtype; int16 -1 or int64 overwrite the codes beside them"
-)
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.float32])
 def test_pack_refuses_other_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="uint8"):
         pack(torch.full((1, 8), -1).to(dtype), 4)
 
 
-@pytest.mark.xfail(strict=True, reason="review: bits=9 loses codes, bits=0 is an IndexError")
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_pack_refuses_other_widths(bits: int) -> None:
     with pytest.raises(ValueError, match="bits"):

@@ -50,18 +50,18 @@ class Stage:
 class Plan:
     """What the training does; every number of it is in the card."""
 
-    steps: int = 3200
+    steps: int = 2000
     seed: int = 0
     vocab_size: int = 2048
     # Short windows are cheaper; the later stages teach the positions up to the full context.
-    stages: tuple[Stage, ...] = (Stage(0.6, 8, 256), Stage(0.25, 4, 512), Stage(0.15, 1, CONTEXT))
-    learning_rate: float = 1.5e-3
-    final_learning_rate: float = 1.5e-5
-    warmup_steps: int = 100
+    stages: tuple[Stage, ...] = (Stage(0.5, 8, 256), Stage(0.35, 4, 512), Stage(0.15, 1, CONTEXT))
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 3e-5
+    warmup_steps: int = 150
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    evaluate_every: int = 200
+    evaluate_every: int = 250
     threads: int = 2
 
 

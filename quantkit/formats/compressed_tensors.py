@@ -45,6 +45,8 @@ class _Config(BaseModel):
     quant_method: Literal["compressed-tensors"]
     format: str = "pack-quantized"
     ignore: list[str] = []
+    transform_config: dict[str, Any] | None = None
+    sparsity_config: dict[str, Any] | None = None
     config_groups: dict[str, _Group]
 
 
@@ -82,6 +84,13 @@ class CompressedTensors:
     ) -> QuantizedTensor:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         rows, columns = shape
+        reason = scheme.why_not(columns)
+        if reason is not None:
+            raise CheckpointError(f"{where}: {reason}")
+        if "weight_g_idx" in tensors:
+            raise CheckpointError(
+                message(f"{where}.weight_g_idx", "reordered groups", "quantkit reads contiguous groups")
+            )
         groups = scheme.num_groups(columns)
         expected: dict[str, tuple[list[int], tuple[torch.dtype, ...]]] = {
             "weight_packed": ([rows, packed_words(columns, scheme.bits)], (torch.int32,)),
@@ -156,14 +165,21 @@ class CompressedTensors:
             raise CheckpointError(
                 message(where, str(first["msg"]), "quantkit reads weight-only integer groups of format pack-quantized")
             ) from error
+        for key in ("transform_config", "sparsity_config"):
+            if getattr(parsed, key):
+                raise CheckpointError(
+                    message(f"{_WHERE}.{key}", "changes the weights", "quantkit reads plain quantized weights")
+                )
         groups = [(group, _scheme(name, group, parsed.format)) for name, group in parsed.config_groups.items()]
         found: dict[str, QuantScheme] = {}
         for linear in linears:
             if any(_matches(target, linear) for target in parsed.ignore):
                 continue
-            by_name = (s for g, s in groups if any(t != "Linear" and _matches(t, linear) for t in g.targets))
+            # As its own package ranks them: exact names, then patterns, then the class.
+            by_name = (s for g, s in groups if linear in g.targets)
+            by_pattern = (s for g, s in groups if any(t.startswith("re:") and _matches(t, linear) for t in g.targets))
             by_class = (s for g, s in groups if "Linear" in g.targets)
-            scheme = next(by_name, None) or next(by_class, None)
+            scheme = next(by_name, None) or next(by_pattern, None) or next(by_class, None)
             if scheme is not None:
                 found[linear] = scheme
         return found
@@ -194,8 +210,11 @@ def _scheme(name: str, group: _Group, default_format: str) -> QuantScheme:
         raise CheckpointError(
             message(where, f"format {group.format or default_format!r}", "quantkit reads pack-quantized")
         )
-    if group.weights.actorder == "group":
-        raise CheckpointError(message(where, "actorder 'group' (reordered groups)", "quantkit reads contiguous groups"))
+    actorder = group.weights.actorder
+    if str(actorder or "weight").lower() not in ("weight", "static"):
+        raise CheckpointError(
+            message(where, f"actorder {actorder!r} (reordered groups)", "quantkit reads contiguous groups")
+        )
     size = group.weights.group_size if group.weights.strategy == "group" else None
     if group.weights.strategy == "group" and size is None:
         raise CheckpointError(message(where, "strategy 'group' without group_size", "state the group size"))

@@ -44,6 +44,12 @@ class GPTQ:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
+        for name, kind in (("damp_percent", (int, float)), ("block_size", int)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise RecipeError(
+                    message("gptq", f"{name}={value!r} is not a number of its kind", "see recipes/w4a16-gptq.yaml")
+                )
         if not 0 < self.damp_percent < 1:
             raise RecipeError(
                 message(

@@ -43,7 +43,12 @@ MIXED = [{"match": "*.down_proj", "scheme": "w4a16_g64"}, {"match": "*.0.self_at
 
 def vllm_logprobs(path: Path, ids: list[int]) -> torch.Tensor:
     """In a process of its own: vLLM opens one model a process."""
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", _CLIENT, str(path), json.dumps(ids)], capture_output=True, text=True, env=environment
     )

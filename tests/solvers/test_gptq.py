@@ -272,9 +272,7 @@ def test_inputs_are_not_changed_and_results_repeat() -> None:
     "group_size",
     [
         16,
-        pytest.param(
-            None, marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="review: see test_qtensor")
-        ),
+        None,
     ],
 )
 def test_the_result_has_a_digest(group_size: int | None) -> None:
@@ -356,7 +354,6 @@ def test_block_size_out_of_range(block_size: int) -> None:
         GPTQ(block_size=block_size)
 
 
-@pytest.mark.xfail(strict=True, reason="review: wrong types pass the constructor and fail later as a TypeError")
 @pytest.mark.parametrize("options", [{"block_size": 1.5}, {"block_size": True}, {"damp_percent": "0.01"}])
 def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
