@@ -69,15 +69,16 @@ class GPTQ:
         """
         if stats is None:
             raise HessianError("GPTQ needs calibration statistics, and there are none")
-        factor = upper_factor(stats.hessian.to(weight.dtype), self.damp_percent)
+        factor = reversed_factor(stats.hessian.to(weight.dtype), self.damp_percent)
         return _Columns(weight, factor, scheme, dtype).run(self.block_size)
 
 
-def upper_factor(hessian: Tensor, damp_percent: float) -> Tensor:
-    """Upper-triangular A with A Aᵀ = H + damp_percent·mean(diag H)·I; ``A⁻¹`` is GPTQ's Cholesky factor of H⁻¹.
+def reversed_factor(hessian: Tensor, damp_percent: float) -> Tensor:
+    """Lower-triangular L such that A = L read backwards (rows and columns) is upper-triangular and
+    A Aᵀ = H + damp_percent·mean(diag H)·I; ``A⁻¹`` is GPTQ's Cholesky factor of H⁻¹.
 
     Args:
-        hessian: float [in, in], ``2/n Σ x xᵀ`` over n tokens. Not modified.
+        hessian: float [in, in], ``2/n Σ x xᵀ`` over n tokens. Not modified; one matrix of its size is allocated.
         damp_percent: fraction of the mean diagonal.
 
     Raises:
@@ -95,17 +96,16 @@ def upper_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             "the calibration data never activates this layer (its Hessian is zero); "
             "use other data, or method rtn for it"
         )
-    # Factor the matrix read backwards: its lower factor, read backwards again, is the upper one.
-    flipped = hessian.flip(0, 1)
-    flipped.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    lower = hessian.flip(0, 1)
+    lower.diagonal().add_(damping)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) != 0:
         raise HessianError(
             f"the Hessian is not positive definite with damp_percent={damp_percent}; "
             "use more calibration tokens or a larger damp_percent (0.05, 0.1)"
         )
-    factor: Tensor = lower.flip(0, 1)
-    return factor
+    return lower
 
 
 class _Columns:
@@ -143,9 +143,15 @@ class _Columns:
         own = self.weight[start:stop]
         if start == 0:
             return own.clone()
-        before = self.factor[:start, start:stop].T @ self.error[:start]
-        made_up: Tensor = torch.linalg.solve_triangular(self.factor[start:stop, start:stop].T, before, upper=False)
+        before = self.part(0, start, start, stop).T @ self.error[:start]
+        own_factor = self.part(start, stop, start, stop)
+        made_up: Tensor = torch.linalg.solve_triangular(own_factor.T, before, upper=False)
         return own + made_up
+
+    def part(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """A[top:bottom, left:right], from the factor that is held backwards."""
+        size = self.factor.shape[0]
+        return self.factor[size - bottom : size - top, size - right : size - left].flip(0, 1)
 
     def choose(self, start: int, columns: Tensor) -> None:
         """Fix scale and zero point of the group whose updated columns [group, out] these are."""
@@ -155,7 +161,7 @@ class _Columns:
     def fix(self, start: int, columns: Tensor) -> None:
         """Round these updated columns [b, out] one after the other (Algorithm 1, the inner loop)."""
         size = columns.shape[0]
-        block = self.factor[start : start + size, start : start + size]
+        block = self.part(start, start + size, start, start + size)
         eye = torch.eye(size, dtype=block.dtype, device=block.device)
         inverse = torch.linalg.solve_triangular(block, eye, upper=True)  # rows of GPTQ's U within the block
         steps = inverse / inverse.diagonal()[:, None]

@@ -16,7 +16,7 @@ from quantkit.grid import dequantize, quantize, quantize_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers import GPTQ, RTN
-from quantkit.solvers.gptq import upper_factor
+from quantkit.solvers.gptq import reversed_factor
 from quantkit.stats import LayerStats, Stat
 
 F64 = torch.float64
@@ -303,7 +303,7 @@ def test_columns_that_never_were_active() -> None:
 
 def test_the_factor_is_upper_triangular_and_inverse_to_the_textbooks() -> None:
     stats = correlated(19, 40)
-    factor = upper_factor(stats.hessian.double(), 0.05)
+    factor = reversed_factor(stats.hessian.double(), 0.05).flip(0, 1)
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor @ factor.T, damped(stats, 0.05), rtol=1e-12, atol=1e-12)
     U = torch.linalg.cholesky(torch.linalg.inv(damped(stats, 0.05)), upper=True)
@@ -329,12 +329,12 @@ def test_hessians_that_are_not_positive_definite(row: int, column: int, value: f
     hessian = torch.eye(4, dtype=F64)
     hessian[row, column] = hessian[column, row] = value
     with pytest.raises(HessianError, match=r"not positive definite.*damp_percent"):
-        upper_factor(hessian, 0.01)
+        reversed_factor(hessian, 0.01)
 
 
 def test_a_negative_diagonal() -> None:
     with pytest.raises(HessianError):
-        upper_factor(-torch.eye(4, dtype=F64), 0.01)
+        reversed_factor(-torch.eye(4, dtype=F64), 0.01)
 
 
 def test_no_statistics() -> None:
