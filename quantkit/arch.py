@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-# Layers that serving engines fuse into one matrix (vLLM's packed_modules_mapping): they must share one scheme.
+# Layers that read the same input. Serving engines fuse them into one matrix (vLLM's packed_modules_mapping), so that
+# they must share one scheme there; quantkit solves them as one.
 FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
@@ -54,6 +55,12 @@ def find_blocks(model: nn.Module) -> BlockList | None:
         and find_linears(module)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def input_group(name: str) -> str:
+    """A layer's name for all layers that are known to read its input: ``….q_proj`` for ``….k_proj``."""
+    stem, _, leaf = name.rpartition(".")
+    return next((f"{stem}.{group[0]}" for group in FUSED_GROUPS if leaf in group), name)
 
 
 def unequal_fused(schemes: dict[str, object]) -> list[str]:

@@ -24,11 +24,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         int32 [rows, ceil(length * bits / 32)]; unused high bits of the last word are zero.
 
     Raises:
-        ValueError: ``codes`` is not uint8, or ``bits`` is out of range.
+        ValueError: ``codes`` is not uint8 or does not fit, or ``bits`` is out of range.
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, not {codes.dtype}")
+    if codes.numel() and not codes.is_meta and int(codes.max()) >> bits:
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     rows, length = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -length % _WORD)).view(rows, -1, _WORD)
     words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from quantkit.arch import unequal_fused
+from quantkit.arch import input_group, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.formats import CheckpointFormat, format_named
@@ -23,6 +23,7 @@ from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
 
 _FLOAT32 = 4
+_SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what is reported of them
 _MIB = 2**20
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
 
@@ -128,15 +129,9 @@ class Plan:
         """
         peak = 0
         for index in range(len(self.skeleton.blocks)):
-            names = self.skeleton.block_tensors(index).values()
-            block = sum(
-                self.checkpoint.tensors[n].nbytes + self.checkpoint.tensors[n].numel * self.dtype.itemsize
-                for n in names
-            )
-            layers = self.block_layers(index)
-            solving = max((_FLOAT32 * 4 * layer.numel for layer in layers), default=0)
-            hessians = self._hessian_bytes(layers)
-            peak = max(peak, block + solving + hessians)
+            infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_tensors(index).values()]
+            block = sum(info.nbytes + info.numel * self.dtype.itemsize for info in infos)
+            peak = max(peak, block + _solving_bytes(self.block_layers(index)))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
         if not self.needs:
             return max(peak, outside)
@@ -148,11 +143,6 @@ class Plan:
     @cached_property
     def _hidden_size(self) -> int:
         return int(self.skeleton.model.config.hidden_size)
-
-    def _hessian_bytes(self, layers: tuple[LayerPlan, ...]) -> int:
-        sizes = [layer.info.in_features for layer in layers if Stat.HESSIAN in layer.solver.needs]
-        # One for each width is certain; layers of equal width mostly share. Two more for the copy and the factor.
-        return sum(_FLOAT32 * size**2 for size in sizes) + 2 * _FLOAT32 * max(sizes, default=0) ** 2
 
     def to_dict(self) -> dict[str, Any]:
         """The plan's figures, for ``--dry-run`` and the report."""
@@ -195,10 +185,22 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_shapes(checkpoint, layers)
     fmt = format_named(recipe.format)
     _check_format(fmt, layers)
-    notes = [f"{n} share one matrix in vLLM and must have one scheme there" for n in _unequal(skeleton, layers)]
     if not layers:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
-    return Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, tuple(notes))
+    return Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, _notes(skeleton, layers))
+
+
+def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
+    """A block's Hessians, one for each input, the factor of the largest, and the matrices of the largest solve."""
+    rows: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    for layer in layers:
+        key = input_group(layer.info.name)
+        rows[key] = rows.get(key, 0) + layer.numel
+        if Stat.HESSIAN in layer.solver.needs:
+            widths[key] = layer.info.in_features
+    hessians = [_FLOAT32 * width**2 for width in widths.values()]
+    return sum(hessians) + max(hessians, default=0) + _SOLVE_COPIES * _FLOAT32 * max(rows.values(), default=0)
 
 
 def check_disk(plan: Plan, output: Path, num_tokens: int) -> None:
@@ -301,10 +303,17 @@ def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
             raise SchemeError(message(layer.info.name, f"format {fmt.name} cannot hold {layer.scheme}", reason))
 
 
-def _unequal(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> list[str]:
+def _notes(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
+    """What this plan's output will not do in other programs."""
     schemes: dict[str, object] = {info.name: None for info in skeleton.linears}
     schemes.update({layer.info.name: layer.scheme for layer in layers})
-    return unequal_fused(schemes)
+    notes = [f"{group} share one matrix in vLLM and must have one scheme there" for group in unequal_fused(schemes)]
+    if any(layer.info.transposed for layer in layers):
+        notes.append("quantkit runs quantized Conv1D layers; transformers' own loader leaves them newly initialized")
+    used = {layer.scheme for layer in layers}
+    if len(used) > 1 and not all(scheme.symmetric for scheme in used):
+        notes.append("transformers 5.23 cannot load several schemes of which some are asymmetric")
+    return tuple(notes)
 
 
 def _encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -> int:

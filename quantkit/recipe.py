@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -228,7 +229,7 @@ def _explain(error: ValidationError, where: str, node: yaml.Node | None) -> str:
         near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         return message(place, f"unknown key {key!r}", hint)
-    what = str(first["msg"]).removeprefix("Value error, ")
+    what = str(first["msg"]).removeprefix("Value error, ").removeprefix(f"{key}: ")
     given = first.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "value_error":  # our own words, which say what to do
@@ -250,9 +251,9 @@ def _siblings(loc: Sequence[object], method: str | None) -> list[str]:
         return list(Recipe.model_fields)
     owners: dict[str, list[str]] = {
         "rules": list(Rule.model_fields),
-        "calibration": list(CalibrationSpec.__dataclass_fields__),
-        "scheme": list(QuantScheme.__dataclass_fields__),
-        "method": list((GPTQ if method == "gptq" else RTN).__dataclass_fields__),
+        "calibration": [f.name for f in fields(CalibrationSpec)],
+        "scheme": [f.name for f in fields(QuantScheme)],
+        "method": [f.name for f in fields(GPTQ if method == "gptq" else RTN)],
     }
     return next((owners[str(part)] for part in reversed(loc[:-1]) if str(part) in owners), [])
 

@@ -146,3 +146,9 @@ def test_pack_refuses_other_dtypes(dtype: torch.dtype) -> None:
 def test_pack_refuses_other_widths(bits: int) -> None:
     with pytest.raises(ValueError, match="bits"):
         pack(torch.zeros(1, 8, dtype=torch.uint8), bits)
+
+
+def test_pack_refuses_codes_that_do_not_fit() -> None:
+    """They would spill into their neighbours."""
+    with pytest.raises(ValueError, match="code 17 does not fit in 4 bits"):
+        pack(torch.tensor([[17, 0, 3]], dtype=torch.uint8), 4)

@@ -48,6 +48,15 @@ def test_fused_layers_with_unequal_schemes(tiny: Callable[[str], Path]) -> None:
     assert make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"})).notes == ()
 
 
+def test_notes_on_other_programs(tiny: Callable[[str], Path]) -> None:
+    """What was seen to fail elsewhere is said before the run."""
+    conv = make_plan(Checkpoint(tiny("gpt2")), make_recipe({"scheme": "w4a16_g32"}))
+    assert any("Conv1D" in note for note in conv.notes)
+    rules = [{"match": "*.down_proj", "scheme": "w8a16"}]
+    mixed = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32_asym", "rules": rules}))
+    assert any("transformers 5.23" in note for note in mixed.notes)
+
+
 def test_peak_memory_does_not_grow_with_blocks_and_grows_with_what_it_should(tiny: Callable[[str], Path]) -> None:
     plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"}))
     rtn = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32", "method": "rtn"}))

@@ -90,14 +90,9 @@ def model_card(record: dict[str, Any]) -> str:
     """The card as Markdown, from what `train.train` returns."""
     plan, perplexity, chosen = record["plan"], record["perplexity"], record["chosen"]
     tokens_per_step = plan["stages"][0]["batch_size"] * plan["stages"][0]["window"]
-    stages = (
-        f"{s['share']:.0%} in windows of {s['window']} tokens, {s['batch_size']} a step"
-        for s in plan["stages"]
-    )
+    stages = (f"{s['share']:.0%} in windows of {s['window']} tokens, {s['batch_size']} a step" for s in plan["stages"])
     return CARD.format(
-        **plan
-        | record["config"]
-        | {"stages": ", then ".join(stages), "perplexity": perplexity_rows(perplexity)},
+        **plan | record["config"] | {"stages": ", then ".join(stages), "perplexity": perplexity_rows(perplexity)},
         python=record["python"],
         torch=record["torch"],
         transformers=record["transformers"],
@@ -109,8 +104,7 @@ def model_card(record: dict[str, Any]) -> str:
             for split, d in record["data"].items()
         ),
         history="\n".join(
-            f"| {row['step']} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} |"
-            for row in record["history"]
+            f"| {row['step']} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} |" for row in record["history"]
         ),
         chosen_step=chosen["step"],
         long_context=perplexity["held_out_2048"],
@@ -122,6 +116,5 @@ def perplexity_rows(perplexity: dict[str, float]) -> str:
     """The table of perplexities, each with its change against the shipped model."""
     shipped = perplexity["held_out"]
     return "\n".join(
-        f"| {label} | {perplexity[name]:.2f} | {perplexity[name] / shipped - 1:+.2%} |"
-        for name, label in ROWS.items()
+        f"| {label} | {perplexity[name]:.2f} | {perplexity[name] / shipped - 1:+.2%} |" for name, label in ROWS.items()
     )

@@ -212,9 +212,7 @@ def train(plan: Plan, output: Path) -> dict[str, Any]:
     }
 
 
-def fit(
-    model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, plan: Plan, output: Path
-) -> list[dict[str, float]]:
+def fit(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, plan: Plan, output: Path) -> list[dict[str, float]]:
     """The training loop; saves the model whenever the held-out loss is the lowest so far."""
     optimizer = optimizer_for(model, plan)
     history: list[dict[str, float]] = []

@@ -4,7 +4,7 @@
     cd evals && python -m smollm2.study --model MODEL --text valid.txt
 
 The text (WikiText-2 validation in the published results) is cut at a line end near its middle: the first half
-calibrates, the second half is scored. Nothing is tuned: the options are those of the commands that results.json records.
+calibrates, the second half is scored. Nothing is tuned; results.json records the commands.
 Writes results.json and the table of README.md.
 """
 

@@ -29,6 +29,7 @@ class _Weights(BaseModel):
     strategy: Literal["group", "channel"]
     group_size: int | None = None
     actorder: str | bool | None = None
+    dynamic: Literal[False] = False
 
 
 class _Group(BaseModel):
@@ -44,7 +45,8 @@ class _Config(BaseModel):
     model_config = ConfigDict(extra="ignore")
     quant_method: Literal["compressed-tensors"]
     format: str = "pack-quantized"
-    ignore: list[str] = []
+    ignore: list[str] | None = None
+    kv_cache_scheme: dict[str, Any] | None = None
     transform_config: dict[str, Any] | None = None
     sparsity_config: dict[str, Any] | None = None
     config_groups: dict[str, _Group]
@@ -165,15 +167,13 @@ class CompressedTensors:
             raise CheckpointError(
                 message(where, str(first["msg"]), "quantkit reads weight-only integer groups of format pack-quantized")
             ) from error
-        for key in ("transform_config", "sparsity_config"):
+        for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
             if getattr(parsed, key):
-                raise CheckpointError(
-                    message(f"{_WHERE}.{key}", "changes the weights", "quantkit reads plain quantized weights")
-                )
+                raise CheckpointError(message(f"{_WHERE}.{key}", "is not run", "quantkit runs quantized weights alone"))
         groups = [(group, _scheme(name, group, parsed.format)) for name, group in parsed.config_groups.items()]
         found: dict[str, QuantScheme] = {}
         for linear in linears:
-            if any(_matches(target, linear) for target in parsed.ignore):
+            if any(target == "Linear" or _matches(target, linear) for target in parsed.ignore or ()):
                 continue
             # As its own package ranks them: exact names, then patterns, then the class.
             by_name = (s for g, s in groups if linear in g.targets)

@@ -96,7 +96,7 @@ def reversed_factor(hessian: Tensor, damp_percent: float) -> Tensor:
             "the calibration data never activates this layer (its Hessian is zero); "
             "use other data, or method rtn for it"
         )
-    lower = hessian.flip(0, 1)
+    lower = hessian.flip(0, 1).mT  # symmetric; columns first, as LAPACK wants it, or it would work on a copy
     lower.diagonal().add_(damping)
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))

@@ -259,7 +259,7 @@ def test_float32_is_as_good_as_float64() -> None:
 
 def test_inputs_are_not_changed_and_results_repeat() -> None:
     weight, stats = randn(12, 4, 64), correlated(13, 64)
-    before, hessian = weight.clone(), stats.hessian
+    before, hessian = weight.clone(), stats.hessian.clone()
     scheme = QuantScheme(4, 16)
     first = GPTQ().solve(weight, scheme, stats, torch.float32)
     second = GPTQ().solve(weight, scheme, stats, torch.float32)
