@@ -67,8 +67,8 @@ Protocol: the documents of the evaluation split after one another, each `<s>` ..
 of 512 tokens that do not overlap; the first token of each window is not scored; weights as shipped,
 arithmetic in float32. In windows of {max_position_embeddings} tokens the shipped model has
 {long_context:.2f}; on an equally long stretch of its training text, {training_text:.2f}. Rounded to
-nearest: all linear layers of the blocks, symmetric, groups of 128 inputs, scale = amax / ((2^bits - 1) /
-2).
+nearest: all linear layers of the blocks, symmetric, groups of 128 inputs,
+`scale = amax / ((2^bits - 1) / 2)`.
 
 ## Licence
 

@@ -1,6 +1,6 @@
 """Peak memory against the number of decoder blocks, on random weights, all under one hard limit.
 
-    cd evals && python -m memory.study [--directory DIR] [--blocks 4 8 16 32 64] [--limit-mb 900]
+    cd evals && python -m memory.study [--directory DIR] [--blocks 4 8 16 32 64] [--limit-mb 800]
 
 For each number of blocks a model of otherwise equal shape is written (evals/memory/random_model.py), quantized by GPTQ
 and by RTN with the `quantkit` command, each in a process of its own, and removed. Every run, the smallest and the
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Peak memory of quantkit against the number of decoder blocks.")
     parser.add_argument("--directory", type=Path, help="where the models go for a while (a few GB)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--limit-mb", type=float, default=900, help="RLIMIT_DATA of every run, in MB")
+    parser.add_argument("--limit-mb", type=float, default=800, help="RLIMIT_DATA of every run, in MB")
     return parser.parse_args()
 
 
