@@ -19,7 +19,8 @@ setup: $(VENV)/.ready
 # The embedded model in bf16, w8a16 RTN, w4a16 RTN and w4a16 GPTQ: perplexity, KL, size and speed in one table.
 demo: setup
 	for recipe in w8a16-rtn w4a16-rtn w4a16-gptq; do \
-	  $(BIN)/quantkit quantize builtin --recipe recipes/$$recipe.yaml --output $(OUT)/$$recipe --overwrite || exit 1; \
+	  $(BIN)/quantkit quantize builtin --recipe recipes/$$recipe.yaml --sequence-length 512 \
+	    --output $(OUT)/$$recipe --overwrite || exit 1; \
 	done
 	$(BIN)/quantkit perplexity builtin $(OUT)/w8a16-rtn $(OUT)/w4a16-rtn $(OUT)/w4a16-gptq
 

@@ -103,6 +103,15 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def about(where: dict[str, Any]) -> str:
+    """Surroundings in one sentence."""
+    return (
+        f"Measured on {where['date']} on {where['cores']} cores of {where['cpu']}, OMP_NUM_THREADS={where['threads']}, "
+        f"load average {where['load_average_at_start']:.1f} at the start; torch {where['torch']}, "
+        f"transformers {where['transformers']}, quantkit {where['quantkit']}."
+    )
+
+
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []

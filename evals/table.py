@@ -1,4 +1,4 @@
-"""Markdown tables of results, put between two marks in a README."""
+"""Markdown tables, and the results of a study put between two marks in its README."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (heading, marks, *rows))
 
 
-def replace_table(readme: Path, table: str) -> None:
-    """Put the table between the marks of a README."""
-    before, _, rest = readme.read_text().partition(BEGIN)
+def replace_results(readme: Path, results: str) -> None:
+    """Print the results and put them between the marks of a README."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(before + BEGIN + table + END + after)
+    readme.write_text(before + BEGIN + results + END + after, encoding="utf-8")
+    print(results)

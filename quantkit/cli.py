@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.errors import QuantkitError
+from quantkit.heap import use_huge_pages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,7 @@ _Dtype = Annotated[
 
 def main() -> None:
     """Run the command line; an error that quantkit raises on purpose is one line and exit code 2."""
+    use_huge_pages()
     try:
         app()
     except QuantkitError as error:

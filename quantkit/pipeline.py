@@ -14,6 +14,7 @@ from quantkit.arch import is_transposed
 from quantkit.capture import BlockInputs, Measurement
 from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize
+from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerDone, LayerRecord, Observer, Stage, Step, decibels
@@ -61,6 +62,7 @@ class Pipeline:
         try:
             for index in range(blocks):
                 records += self._block(index, hidden)
+                trim()
                 self.observer(Step(f"block {index + 1}/{blocks}"))
         finally:
             if hidden is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.calibration import CalibrationSet, calibration_samples, from_tokens
 from quantkit.checkpoint import CONFIG, Checkpoint, read_header, write_bytes, write_index, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
+from quantkit.heap import map_large_blocks
 from quantkit.pipeline import Pipeline
 from quantkit.plan import Plan, check_disk, check_memory, make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe, merged
@@ -137,6 +138,7 @@ def prepare(
 def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ignore) -> Result:
     """Carry a prepared run out; see :func:`quantize`."""
     started = time.time()
+    map_large_blocks()
     plan = prepared.plan
     for note in plan.notes:
         observer(Note(note))
@@ -161,16 +163,18 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
         observer(Step("verified"))
     except InterruptedRunError as error:
         raise InterruptedRunError(f"{error}; {_kept(staging)}") from error
-    except torch.OutOfMemoryError as error:
-        raise InterruptedRunError(
-            message(str(prepared.device), "out of memory", f"use a shorter --sequence-length; {_kept(staging)}")
-        ) from error
     except KeyboardInterrupt:
         observer(Note(f"interrupted; {_kept(staging)}"))
         raise
     except QuantkitError:
         staging.discard()
         raise
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise InterruptedRunError(
+            message(str(prepared.device), "out of memory", f"use a shorter --sequence-length; {_kept(staging)}")
+        ) from error
     staging.publish()
     return Result(prepared.output, report)
 
@@ -286,6 +290,11 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"
     write_bytes(path / RECIPE, plan.recipe.to_yaml(heading).encode())
     write_json(path / REPORT, report)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory: a class of its own on a GPU, words on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _kept(staging: Staging) -> str:

@@ -51,12 +51,12 @@ def test_the_scalings_of_prepare_do_not_change_the_function(tmp_path: Path, over
     tokens = torch.arange(40)[None]
     difference, size = prepare.compare(prepare.logits(model, tokens), prepare.logits(moved, tokens))
     assert difference < 1e-12 * size  # in float64, so that only rounding is left
-    for (name, before), (_, after) in zip(model.named_parameters(), moved.named_parameters(), strict=True):
-        inside_linear = name.endswith("proj.weight")
-        assert inside_linear != torch.equal(before, after) or name.endswith(("layernorm.weight", "proj.bias")), name
+    linears = [name for name in dict(model.named_parameters()) if name.endswith("proj.weight")]
+    assert len(linears) == 3 * 7
+    assert not any(torch.equal(model.get_parameter(name), moved.get_parameter(name)) for name in linears)
 
 
-def test_the_scalings_move_weights_off_a_four_bit_grid(tmp_path: Path) -> None:
+def test_the_scalings_move_weights_off_a_four_bit_grid() -> None:
     from smollm2 import prepare
 
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
@@ -147,22 +147,20 @@ def test_measure_holds_a_command_to_its_limit() -> None:
 
 
 def test_a_table_is_put_between_the_marks(tmp_path: Path) -> None:
-    from table import BEGIN, END, markdown, replace_table
+    from table import BEGIN, END, markdown, replace_results
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n\n{BEGIN}old\n{END}\nafter\n")
-    replace_table(readme, markdown(["name", "n"], [["a", "1"], ["b", "2"]]))
+    replace_results(readme, markdown(["name", "n"], [["a", "1"], ["b", "2"]]))
     assert readme.read_text() == (
         f"before\n\n{BEGIN}| name | n |\n| --- | ---: |\n| a | 1 |\n| b | 2 |\n{END}\nafter\n"
     )
 
 
 @pytest.mark.parametrize("name", ["smollm2", "memory"])
-def test_the_published_table_is_that_of_the_published_results(name: str) -> None:
+def test_the_readme_tells_the_published_results(name: str) -> None:
     from importlib import import_module
-
-    from table import markdown
 
     study = import_module(f"{name}.study")
     results = json.loads((EVALS / name / "results.json").read_text())
-    assert markdown(*study.rows(results)) in (EVALS / name / "README.md").read_text()
+    assert study.render(results) in (EVALS / name / "README.md").read_text()

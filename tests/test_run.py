@@ -197,6 +197,21 @@ def test_a_corrupted_shard_is_found_before_success(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_keeps_finished_blocks(
+    error: RuntimeError, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    def exhausted(event: Event) -> None:
+        if isinstance(event, Step) and event.title == "block 2/3":
+            raise error
+
+    with pytest.raises(quantkit.InterruptedRunError, match=r"out of memory; .*2 of 4 shards are kept.*--resume"):
+        quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=RECIPE, tokens=tokens, observer=exhausted)
+    quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=RECIPE, tokens=tokens, resume=True)
+
+
 def test_full_disk_stops_cleanly_and_resumes(built: Path, tmp_path: Path) -> None:
     """A write that the system refuses: one line, exit code 2, no output; finished shards are kept."""
     out = tmp_path / "out"

@@ -1,12 +1,12 @@
 """Peak memory against the number of decoder blocks, on random weights, all under one hard limit.
 
-    cd evals && python -m memory.study [--directory DIR] [--blocks 4 8 16 32 64] [--limit-mb 800]
+    cd evals && python -m memory.study [--directory DIR] [--blocks 4 8 16 32 64] [--limit-mb 900]
 
 For each number of blocks a model of otherwise equal shape is written (evals/memory/random_model.py), quantized by GPTQ
 and by RTN with the `quantkit` command, each in a process of its own, and removed. Every run, the smallest and the
 largest, is under the same RLIMIT_DATA: the kernel refuses it more private writable memory than that, so a run that
 held the model would fail. That the limit bites is shown by opening the largest model in transformers under it.
-Writes results.json and the table of README.md.
+Writes results.json and the results in README.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import QUANTKIT, baseline, measure, measure_success, shown, surroundings
-from table import markdown, replace_table
+from measure import QUANTKIT, about, baseline, measure, measure_success, shown, surroundings
+from table import markdown, replace_results
 
 HERE = Path(__file__).resolve().parent
 MB = 1e6
@@ -43,16 +43,14 @@ def main() -> None:
                 results["control"] = open_whole(model, limit)
             shutil.rmtree(model)
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = markdown(*rows(results))
-    replace_table(HERE / "README.md", table)
-    print(table)
+    replace_results(HERE / "README.md", render(results))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Peak memory of quantkit against the number of decoder blocks.")
     parser.add_argument("--directory", type=Path, help="where the models go for a while (a few GB)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--limit-mb", type=float, default=800, help="RLIMIT_DATA of every run, in MB")
+    parser.add_argument("--limit-mb", type=float, default=900, help="RLIMIT_DATA of every run, in MB")
     return parser.parse_args()
 
 
@@ -99,25 +97,40 @@ def open_whole(model: Path, limit: int) -> dict[str, Any]:
     }
 
 
-def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The README's table."""
-    heading = ["blocks", "checkpoint", "method", "peak", "above the dry run", "projected", "checkpoint / peak", "CPU s"]
+def render(results: dict[str, Any]) -> str:
+    """What README.md says of the results, in Markdown."""
+    heading = [
+        "method",
+        "blocks",
+        "checkpoint",
+        "peak memory",
+        "above a dry run",
+        "projected",
+        "checkpoint / peak",
+        "CPU",
+    ]
+    runs = sorted(results["runs"], key=lambda run: METHODS.index(run["method"]))
     body = [
         [
+            run["method"],
             str(run["blocks"]),
             f"{run['checkpoint_bytes'] / MB:.0f} MB",
-            run["method"],
             f"{run['peak_bytes'] / MB:.0f} MB",
             f"{(run['peak_bytes'] - run['dry_run_peak_bytes']) / MB:.0f} MB",
             f"{run['projected_peak_bytes'] / MB:.0f} MB",
             f"{run['checkpoint_bytes'] / run['peak_bytes']:.1f}",
-            f"{run['cpu_seconds']:.0f}",
+            f"{run['cpu_seconds']:.0f} s",
         ]
-        for method in METHODS
-        for run in results["runs"]
-        if run["method"] == method
+        for run in runs
     ]
-    return heading, body
+    control = results["control"]
+    return markdown(heading, body) + (
+        f"\nEvery run was under RLIMIT_DATA = {results['data_limit_bytes'] / MB:.0f} MB. Under it, the largest "
+        f"model's `from_pretrained` in transformers ended with exit code {control['exit_code_under_limit']} "
+        f"(`{control['last_line_under_limit']}`); without a limit it took "
+        f"{control['peak_bytes_without_limit'] / MB:.0f} MB. An interpreter that has imported torch and transformers "
+        f"takes {results['baseline_bytes'] / MB:.0f} MB. {about(results['surroundings'])}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 The text (WikiText-2 validation in the published results) is cut at a line end near its middle: the first half
 calibrates, the second half is scored. Nothing is tuned; results.json records the commands.
-Writes results.json and the table of README.md.
+Writes results.json and the results in README.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import QUANTKIT, baseline, measure_success, shown, surroundings
-from table import markdown, replace_table
+from measure import QUANTKIT, about, baseline, measure_success, shown, surroundings
+from table import markdown, replace_results
 
 HERE = Path(__file__).resolve().parent
 MB = 1e6
@@ -40,9 +40,7 @@ def main() -> None:
         models = [str(args.model), *map(str, outputs.values())]
         results["perplexity"] = perplexity(models, evaluation, args.limit, Path(directory) / "perplexity.json")
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = markdown(*rows(results))
-    replace_table(HERE / "README.md", table)
-    print(table)
+    replace_results(HERE / "README.md", render(results))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,21 +93,24 @@ def perplexity(models: list[str], text: Path, limit: int, output: Path) -> dict[
     return {"command": shown(command), **json.loads(output.read_text())}
 
 
-def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The README's table."""
-    heading = ["weights", "perplexity", "KL, nats", "top-1 changed", "size", "CPU time", "peak memory", "of it imports"]
+def render(results: dict[str, Any]) -> str:
+    """What README.md says of the results, in Markdown."""
+    heading = ["weights", "perplexity", "KL, nats", "top-1 changed", "size", "CPU time", "peak memory"]
     scores = results["perplexity"]["results"]
-    costs = [None, *results["runs"].values()]
-    names = [str(results["perplexity"]["protocol"]["dtype"]).split(",")[0], *results["runs"]]
-    body = []
-    for name, score, cost in zip(names, scores, costs, strict=True):
-        row = [name, f"{score['perplexity']:.2f} ± {score['stderr']:.2f}"]
-        row += [f"{score['kl']:.3f}", f"{score['top1_changed']:.1%}"] if cost else ["", ""]
-        row += [f"{score['size_bytes'] / MB:.0f} MB"]
-        row += [f"{cost['cpu_seconds']:.0f} s", f"{cost['peak_bytes'] / MB:.0f} MB"] if cost else ["", ""]
-        row += [f"{results['baseline_bytes'] / MB:.0f} MB"] if cost else [""]
+    dense = results["perplexity"]["protocol"]["dtype"]
+    body = [[f"dense, {dense}", _perplexity(scores[0]), "", "", f"{scores[0]['size_bytes'] / MB:.0f} MB", "", ""]]
+    for (name, run), score in zip(results["runs"].items(), scores[1:], strict=True):
+        row = [name, _perplexity(score), f"{score['kl']:.3f}", f"{score['top1_changed']:.1%}"]
+        row += [f"{score['size_bytes'] / MB:.0f} MB", f"{run['cpu_seconds']:.0f} s", f"{run['peak_bytes'] / MB:.0f} MB"]
         body.append(row)
-    return heading, body
+    return markdown(heading, body) + (
+        f"\nOf the peak memory, {results['baseline_bytes'] / MB:.0f} MB are an interpreter that has imported torch and "
+        f"transformers. {about(results['surroundings'])}\n"
+    )
+
+
+def _perplexity(score: dict[str, Any]) -> str:
+    return f"{score['perplexity']:.2f} ± {score['stderr']:.2f}"
 
 
 if __name__ == "__main__":
