@@ -21,18 +21,26 @@ class Activations:
         dtype: floating point.
         budget: bytes that may lie in memory; above it a file is mapped.
         directory: where that file goes.
+        name: of that file; two stores in one directory have different ones.
 
     Raises:
         InterruptedRunError: the disk has no room for the file.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, budget: int, directory: Path) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        budget: int,
+        directory: Path,
+        name: str = "activations.bin",
+    ) -> None:
         self._shapes = list(shapes)
         self._starts = [0]
         for shape in self._shapes:
             self._starts.append(self._starts[-1] + math.prod(shape))
         self.nbytes = self._starts[-1] * dtype.itemsize
-        self.path = directory / "activations.bin" if self.nbytes > budget else None
+        self.path = directory / name if self.nbytes > budget else None
         if self.path is None:
             self._flat = torch.empty(self._starts[-1], dtype=dtype)
         else:

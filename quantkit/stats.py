@@ -12,6 +12,7 @@ class Stat(Enum):
     """A statistic that a solver or transform may need; what nobody needs is not gathered."""
 
     HESSIAN = "hessian"
+    DRIFT = "drift"
 
 
 class LayerStats:
@@ -24,22 +25,31 @@ class LayerStats:
     def __init__(self, in_features: int, needs: frozenset[Stat], device: torch.device) -> None:
         self.num_tokens = 0
         self._divided_by = 1.0
-        self._outer: Tensor | None = None
-        if Stat.HESSIAN in needs:
-            self._outer = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._outer = _square(in_features, device) if Stat.HESSIAN in needs else None
+        self._cross = _square(in_features, device) if Stat.DRIFT in needs else None
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Add one batch.
 
         Args:
             x: [..., in], any floating-point dtype.
+            reference: what the full-precision model has there, of the same shape; read for ``Stat.DRIFT`` only.
+
+        Raises:
+            ValueError: the drift was asked for, and there is no reference.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         self.num_tokens += rows.shape[0]
+        if self._outer is None and self._cross is None:
+            return
+        self._divide_by(1.0)
+        rows = rows.float()
         if self._outer is not None:
-            self._divide_by(1.0)
-            rows = rows.float()
             self._outer.addmm_(rows.T, rows)
+        if self._cross is not None:
+            if reference is None:
+                raise ValueError("Stat.DRIFT needs the full-precision model's input beside each batch")
+            self._cross.addmm_((reference.detach().reshape(rows.shape).float() - rows).T, rows)
 
     @property
     def hessian(self) -> Tensor:
@@ -55,7 +65,29 @@ class LayerStats:
         self._divide_by(self.num_tokens / 2)
         return self._outer
 
+    @property
+    def drift(self) -> Tensor:
+        """float32 [in, in]: ``2/n Σ (x̃ - x) xᵀ``, x̃ the full-precision model's input (GPTAQ, arXiv:2504.02692:
+        its ΔX Xᵀ).
+
+        Not a copy, like :attr:`hessian`.
+
+        Raises:
+            ValueError: it was not asked for, or no token was seen.
+        """
+        if self._cross is None or self.num_tokens == 0:
+            raise ValueError("no drift was gathered: ask for Stat.DRIFT and update() with at least one token")
+        self._divide_by(self.num_tokens / 2)
+        return self._cross
+
     def _divide_by(self, divisor: float) -> None:
-        if self._outer is not None and divisor != self._divided_by:
-            self._outer.mul_(self._divided_by / divisor)
-            self._divided_by = divisor
+        if divisor == self._divided_by:
+            return
+        for total in (self._outer, self._cross):
+            if total is not None:
+                total.mul_(self._divided_by / divisor)
+        self._divided_by = divisor
+
+
+def _square(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, size, dtype=torch.float32, device=device)

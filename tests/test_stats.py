@@ -116,3 +116,22 @@ def test_inputs_of_another_width_are_refused(width: int) -> None:
     stats = LayerStats(3, HESSIAN, CPU)
     with pytest.raises(RuntimeError):
         stats.update(inputs(0, 4, width))
+
+
+def test_drift_against_the_full_precision_input() -> None:
+    """Two unequal batches: 2/n Σ (x̃ - x) xᵀ, with the same divisor as the Hessian, whichever is read first."""
+    x, reference = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 6, dtype=torch.float64)
+    stats = LayerStats(6, frozenset({Stat.HESSIAN, Stat.DRIFT}), torch.device("cpu"))
+    stats.update(x[:5].view(1, 5, 6), reference[:5].view(1, 5, 6))
+    torch.testing.assert_close(stats.hessian.double(), 2 / 5 * x[:5].T @ x[:5], rtol=1e-5, atol=1e-6)
+    stats.update(x[5:], reference[5:])
+    torch.testing.assert_close(stats.drift.double(), 2 / 12 * (reference - x).T @ x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.hessian.double(), 2 / 12 * x.T @ x, rtol=1e-5, atol=1e-6)
+
+
+def test_drift_needs_a_reference() -> None:
+    stats = LayerStats(6, frozenset({Stat.DRIFT}), torch.device("cpu"))
+    with pytest.raises(ValueError, match="full-precision"):
+        stats.update(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=r"Stat\.DRIFT"):
+        _ = LayerStats(6, frozenset({Stat.HESSIAN}), torch.device("cpu")).drift
