@@ -13,6 +13,8 @@ class Stat(Enum):
 
     HESSIAN = "hessian"
     DRIFT = "drift"
+    ABS_MAX = "abs_max"
+    ABS_MEAN = "abs_mean"
 
 
 class LayerStats:
@@ -24,9 +26,13 @@ class LayerStats:
 
     def __init__(self, in_features: int, needs: frozenset[Stat], device: torch.device) -> None:
         self.num_tokens = 0
+        self._device = device
         self._divided_by = 1.0
         self._outer = _square(in_features, device) if Stat.HESSIAN in needs else None
         self._cross = _square(in_features, device) if Stat.DRIFT in needs else None
+        self._abs_max = torch.zeros(in_features, dtype=torch.float32, device=device) if Stat.ABS_MAX in needs else None
+        # float64, for the tokens may be many; on the CPU, for not every device has it, and the sums are short.
+        self._abs_sum = torch.zeros(in_features, dtype=torch.float64) if Stat.ABS_MEAN in needs else None
 
     def update(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Add one batch.
@@ -40,16 +46,8 @@ class LayerStats:
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         self.num_tokens += rows.shape[0]
-        if self._outer is None and self._cross is None:
-            return
-        self._divide_by(1.0)
-        rows = rows.float()
-        if self._outer is not None:
-            self._outer.addmm_(rows.T, rows)
-        if self._cross is not None:
-            if reference is None:
-                raise ValueError("Stat.DRIFT needs the full-precision model's input beside each batch")
-            self._cross.addmm_((reference.detach().reshape(rows.shape).float() - rows).T, rows)
+        self._add_products(rows, reference)
+        self._add_magnitudes(rows)
 
     @property
     def hessian(self) -> Tensor:
@@ -79,6 +77,51 @@ class LayerStats:
             raise ValueError("no drift was gathered: ask for Stat.DRIFT and update() with at least one token")
         self._divide_by(self.num_tokens / 2)
         return self._cross
+
+    @property
+    def abs_max(self) -> Tensor:
+        """float32 [in]: the largest magnitude of each input channel; NaN where one was seen.
+
+        Not a copy, like :attr:`hessian`.
+
+        Raises:
+            ValueError: it was not asked for, or no token was seen.
+        """
+        if self._abs_max is None or self.num_tokens == 0:
+            raise ValueError("no maxima were gathered: ask for Stat.ABS_MAX and update() with at least one token")
+        return self._abs_max
+
+    @property
+    def abs_mean(self) -> Tensor:
+        """float32 [in]: the mean magnitude of each input channel over the tokens seen.
+
+        Raises:
+            ValueError: it was not asked for, or no token was seen.
+        """
+        if self._abs_sum is None or self.num_tokens == 0:
+            raise ValueError("no means were gathered: ask for Stat.ABS_MEAN and update() with at least one token")
+        return (self._abs_sum / self.num_tokens).to(self._device, torch.float32)
+
+    def _add_products(self, rows: Tensor, reference: Tensor | None) -> None:
+        if self._outer is None and self._cross is None:
+            return
+        self._divide_by(1.0)
+        rows = rows.float()
+        if self._outer is not None:
+            self._outer.addmm_(rows.T, rows)
+        if self._cross is not None:
+            if reference is None:
+                raise ValueError("Stat.DRIFT needs the full-precision model's input beside each batch")
+            self._cross.addmm_((reference.detach().reshape(rows.shape).float() - rows).T, rows)
+
+    def _add_magnitudes(self, rows: Tensor) -> None:
+        if (self._abs_max is None and self._abs_sum is None) or rows.shape[0] == 0:
+            return
+        magnitudes = rows.abs().float()
+        if self._abs_max is not None:
+            torch.maximum(self._abs_max, magnitudes.amax(0), out=self._abs_max)
+        if self._abs_sum is not None:
+            self._abs_sum += magnitudes.sum(0).cpu()
 
     def _divide_by(self, divisor: float) -> None:
         if divisor == self._divided_by:

@@ -1,4 +1,4 @@
-"""LayerStats: the Hessian is 2/n XᵀX, however the tokens were cut into batches."""
+"""LayerStats: the Hessian is 2/n XᵀX, maxima and means are per channel, however the tokens were cut into batches."""
 
 from __future__ import annotations
 
@@ -135,3 +135,46 @@ def test_drift_needs_a_reference() -> None:
         stats.update(torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"Stat\.DRIFT"):
         _ = LayerStats(6, frozenset({Stat.HESSIAN}), torch.device("cpu")).drift
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**16), st.integers(1, 19), st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_any_split_into_batches_gives_the_same_maxima_and_means(seed: int, width: int, batches: list[int]) -> None:
+    x = inputs(seed, sum(batches), width)
+    stats = LayerStats(width, frozenset({Stat.ABS_MAX, Stat.ABS_MEAN}), CPU)
+    for batch in x.split(batches):
+        stats.update(batch)
+    magnitudes = [[abs(float(value)) for value in channel] for channel in x.T]
+    assert stats.abs_max.tolist() == [max(channel) for channel in magnitudes]
+    assert stats.abs_max.dtype == stats.abs_mean.dtype == torch.float32
+    means = torch.tensor([sum(channel) / len(channel) for channel in magnitudes], dtype=torch.float64)
+    torch.testing.assert_close(stats.abs_mean.double(), means, rtol=1e-6, atol=0)
+
+
+def test_maxima_and_means_of_bfloat16_are_gathered_in_wider_numbers() -> None:
+    """4096 ones in bfloat16 would stop growing at 256."""
+    stats = LayerStats(2, frozenset({Stat.ABS_MAX, Stat.ABS_MEAN}), CPU)
+    for _ in range(4):
+        stats.update(torch.tensor([[-1.0, 3.0]], dtype=torch.bfloat16).expand(1, 1024, 2))
+    stats.update(torch.zeros(0, 2))
+    assert stats.num_tokens == 4096
+    assert stats.abs_mean.tolist() == [1.0, 3.0]
+    assert stats.abs_max.tolist() == [1.0, 3.0]
+
+
+def test_a_nan_stays_in_the_maximum() -> None:
+    stats = LayerStats(2, frozenset({Stat.ABS_MAX}), CPU)
+    stats.update(torch.tensor([[1.0, float("nan")]]))
+    stats.update(torch.tensor([[2.0, 5.0]]))
+    assert float(stats.abs_max[0]) == 2.0
+    assert bool(stats.abs_max[1].isnan())
+
+
+@pytest.mark.parametrize(("name", "stat"), [("abs_max", Stat.ABS_MAX), ("abs_mean", Stat.ABS_MEAN)])
+def test_maxima_and_means_are_there_only_when_asked_for_and_seen(name: str, stat: Stat) -> None:
+    other = LayerStats(3, HESSIAN, CPU)
+    other.update(inputs(0, 4, 3))
+    with pytest.raises(ValueError, match=f"Stat.{stat.name}"):
+        getattr(other, name)
+    with pytest.raises(ValueError, match="at least one token"):
+        getattr(LayerStats(3, frozenset({stat}), CPU), name)
