@@ -7,6 +7,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+_TILE = 128  # columns whose outer products are summed at once; the tiles below the diagonal are mirrored, not summed
+
 
 class Stat(Enum):
     """A statistic that a solver or transform may need; what nobody needs is not gathered."""
@@ -28,6 +30,7 @@ class LayerStats:
         self.num_tokens = 0
         self._device = device
         self._divided_by = 1.0
+        self._mirrored = True
         self._outer = _square(in_features, device) if Stat.HESSIAN in needs else None
         self._cross = _square(in_features, device) if Stat.DRIFT in needs else None
         self._abs_max = torch.zeros(in_features, dtype=torch.float32, device=device) if Stat.ABS_MAX in needs else None
@@ -53,6 +56,8 @@ class LayerStats:
     def hessian(self) -> Tensor:
         """float32 [in, in]: ``2/n Σ x xᵀ`` over the n tokens seen (GPTQ, arXiv:2210.17323, section 3.1).
 
+        Exactly symmetric: only its upper triangle is summed.
+
         Not a copy, which could be large: it is not to be modified, and the next :meth:`update` changes it.
 
         Raises:
@@ -61,6 +66,9 @@ class LayerStats:
         if self._outer is None or self.num_tokens == 0:
             raise ValueError("no Hessian was gathered: ask for Stat.HESSIAN and update() with at least one token")
         self._divide_by(self.num_tokens / 2)
+        if not self._mirrored:
+            mirror(self._outer)
+            self._mirrored = True
         return self._outer
 
     @property
@@ -108,7 +116,8 @@ class LayerStats:
         self._divide_by(1.0)
         rows = rows.float()
         if self._outer is not None:
-            self._outer.addmm_(rows.T, rows)
+            add_outer(self._outer, rows)
+            self._mirrored = False
         if self._cross is not None:
             if reference is None:
                 raise ValueError("Stat.DRIFT needs the full-precision model's input beside each batch")
@@ -134,3 +143,24 @@ class LayerStats:
 
 def _square(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, size, dtype=torch.float32, device=device)
+
+
+def add_outer(outer: Tensor, rows: Tensor) -> None:
+    """Add ``Σ x xᵀ`` to the upper triangle of ``outer``: half the work of the whole product.
+
+    Args:
+        outer: float32 [in, in]; of the triangle below the diagonal only the tiles on the diagonal are written.
+        rows: float32 [n, in].
+    """
+    for start in range(0, outer.shape[0], _TILE):
+        outer[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
+
+
+def mirror(outer: Tensor) -> None:
+    """Copy the triangle above the diagonal of ``outer`` [in, in] to below it, tile by tile."""
+    size = outer.shape[0]
+    for start in range(0, size, _TILE):
+        stop = min(start + _TILE, size)
+        corner = outer[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        outer[stop:, start:stop] = outer[start:stop, stop:].T

@@ -87,11 +87,15 @@ def test_inputs_are_neither_changed_nor_tracked() -> None:
     assert torch.equal(x.detach(), before)
 
 
-def test_the_hessian_is_symmetric() -> None:
-    stats = LayerStats(9, HESSIAN, CPU)
-    for seed in range(3):
-        stats.update(inputs(seed, 11, 9))
-    torch.testing.assert_close(stats.hessian, stats.hessian.T, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("width", [1, 9, 128, 129, 300])
+def test_the_hessian_is_exactly_symmetric(width: int) -> None:
+    """One triangle is summed, in tiles of 128 columns, and mirrored when read; reading goes on to be right after."""
+    x = inputs(width, 33, width)
+    stats = LayerStats(width, HESSIAN, CPU)
+    for seen, batch in enumerate(x.split(11), 1):
+        stats.update(batch)
+        assert torch.equal(stats.hessian, stats.hessian.T)
+        assert_close(stats.hessian, expected(x[: 11 * seen]))
 
 
 def test_what_was_not_asked_for_is_an_error() -> None:
