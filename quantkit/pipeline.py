@@ -267,6 +267,7 @@ def _solved(
         num_tokens=tokens,
         seconds=seconds,
         digest=q.digest(),
+        notes=solution.notes,
     )
     return SolvedLayer(q, record)
 

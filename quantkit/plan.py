@@ -301,6 +301,14 @@ def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
         reason = fmt.why_not(layer.scheme)
         if reason is not None:
             raise SchemeError(message(layer.info.name, f"format {fmt.name} cannot hold {layer.scheme}", reason))
+        if layer.solver.writes_g_idx and not fmt.holds_g_idx:
+            raise RecipeError(
+                message(
+                    layer.info.name,
+                    f"format {fmt.name} does not hold the reordered groups of act_order: group",
+                    "use act_order: static, which needs none",
+                )
+            )
 
 
 def _notes(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:

@@ -51,8 +51,10 @@ def layer_line(record: LayerRecord) -> str:
     """One solved layer in one line."""
     error = "" if record.relative_error is None else f"  error {record.relative_error:.2%}"
     sqnr = "" if record.sqnr_db is None else f"  SQNR {record.sqnr_db:.1f} dB"
+    notes = "".join(f"  ({note})" for note in record.notes)
     return (
         f"{record.name}  {record.method} {record.scheme}  loss {record.loss:.3g}{error}{sqnr}  {record.seconds:.2f} s"
+        f"{notes}"
     )
 
 

@@ -30,6 +30,7 @@ class LayerRecord:
         num_tokens: calibration tokens that the layer saw.
         seconds: time spent solving.
         digest: sha256 of the quantized weight.
+        notes: what the solver had to do that the recipe did not state as such, one sentence each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerRecord:
     num_tokens: int
     seconds: float
     digest: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,4 +130,4 @@ def layer_to_dict(record: LayerRecord) -> dict[str, Any]:
 
 def layer_from_dict(value: dict[str, Any]) -> LayerRecord:
     """The inverse of :func:`layer_to_dict`."""
-    return LayerRecord(**{**value, "shape": tuple(value["shape"])})
+    return LayerRecord(**{**value, "shape": tuple(value["shape"]), "notes": tuple(value.get("notes", ()))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_plain_lines() -> None:
     assert "block 1/2, about 0s left" in lines[3]
     assert lines[4].endswith("(already done)")
     assert lines[5].endswith("block 2/2")
+
+
+def test_what_the_solver_had_to_do_is_shown() -> None:
+    page = io.StringIO()
+    with shown(Console(file=page, force_terminal=False, width=150), None) as observer:
+        observer(LayerDone(replace(RECORD, notes=("damp_percent 0.1",)), 1, 2))
+    assert page.getvalue().rstrip().endswith("1.50 s  (damp_percent 0.1)")
 
 
 def test_terminal() -> None:

@@ -11,7 +11,7 @@ from quantkit.errors import OutputError
 from quantkit.report import LayerRecord
 from quantkit.staging import Staging, check_output, partial_path
 
-RECORD = LayerRecord("a", "rtn", "w4a16_g32_sym", (2, 3), 0.1, None, 1.0, 0, 0.5, "ff")
+RECORD = LayerRecord("a", "rtn", "w4a16_g32_sym", (2, 3), 0.1, None, 1.0, 0, 0.5, "ff", ("why", "more"))
 
 
 def test_write_records_resume_publish(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ class CheckpointFormat(Protocol):
     """One on-disk format; tensor names are relative to the layer (``weight_packed``), shapes are the format's."""
 
     name: ClassVar[str]
+    holds_g_idx: ClassVar[bool]
+    """Whether it stores reordered groups (``QuantizedTensor.g_idx``)."""
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         """Why the format cannot hold this scheme; None when it can."""

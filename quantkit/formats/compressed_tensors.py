@@ -58,6 +58,7 @@ class CompressedTensors:
     """
 
     name: ClassVar[str] = "compressed-tensors"
+    holds_g_idx: ClassVar[bool] = False  # the format has weight_g_idx, but its current readers refuse it
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         """See :class:`quantkit.formats.base.CheckpointFormat`; the format holds every weight-only scheme."""

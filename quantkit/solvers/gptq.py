@@ -41,6 +41,7 @@ class GPTQ:
     damp_percent: float = 0.01
     block_size: int = 128
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
+    writes_g_idx: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:

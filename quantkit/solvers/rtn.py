@@ -20,6 +20,7 @@ class RTN:
 
     name: Literal["rtn"] = "rtn"
     needs: ClassVar[frozenset[Stat]] = frozenset()
+    writes_g_idx: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def solve(self, weight: Tensor, scheme: QuantScheme, stats: LayerStats | None, dtype: torch.dtype) -> Solution:  # noqa: ARG002

@@ -361,6 +361,6 @@ def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
 
 
 def test_what_a_solver_says_of_itself() -> None:
-    assert (GPTQ().name, GPTQ.needs) == ("gptq", frozenset({Stat.HESSIAN}))
+    assert (GPTQ().name, GPTQ().needs) == ("gptq", frozenset({Stat.HESSIAN}))
     assert GPTQ() == GPTQ(damp_percent=0.01, block_size=128)
     assert len({GPTQ(), GPTQ(), GPTQ(block_size=64)}) == 2
