@@ -47,9 +47,9 @@ class _ReturnsTuple(Exception):  # noqa: N818
 
 
 class _Recorder(nn.Module):
-    """Stands in a block's place, records its call and hands the hidden states on."""
+    """Stands in a block's place and lets a recording answer its calls."""
 
-    def __init__(self, block: nn.Module, recording: _Recording, index: int) -> None:
+    def __init__(self, block: nn.Module, recording: _Recording | _Finished, index: int) -> None:
         super().__init__()
         object.__setattr__(self, "_stands_for", block)  # not as a submodule
         self._recording, self._index = recording, index
@@ -88,11 +88,28 @@ class _Recording:
         return (hidden,) if self.as_tuple else hidden
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """A forward pass whose blocks are done: what follows them sees ``hidden``, whatever comes before them."""
+
+    hidden: Tensor
+    as_tuple: bool
+
+    def seen(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        return (self.hidden,) if self.as_tuple else self.hidden
+
+
 @dataclass
 class BlockInputs:
-    """Every block's calls, by sequence length; filled while the first hidden states are captured."""
+    """Every block's calls, by sequence length; filled while the first hidden states are captured.
+
+    Attributes:
+        calls: sequence length -> the call of each block.
+        as_tuple: whether the model takes element 0 of what a block returns.
+    """
 
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    as_tuple: bool = False
 
     def first_hidden(self, skeleton: Skeleton, tokens: Tensor) -> Tensor:
         """The hidden states that enter block 0.
@@ -107,9 +124,10 @@ class BlockInputs:
         length = int(tokens.shape[1])
         first_only = length in self.calls
         try:
-            recording = _record(skeleton, tokens, first_only, as_tuple=False)
+            recording = _record(skeleton, tokens, first_only, self.as_tuple)
         except _ReturnsTuple:
-            recording = _record(skeleton, tokens, first_only, as_tuple=True)
+            self.as_tuple = True
+            recording = _record(skeleton, tokens, first_only, self.as_tuple)
         if recording.hidden is None:
             raise CheckpointError(
                 message(skeleton.block_path, "the model never calls its blocks", "quantkit cannot run it")
@@ -122,6 +140,40 @@ class BlockInputs:
         """The output of block ``index`` for ``hidden`` [1, length, hidden]."""
         return self.calls[int(hidden.shape[1])][index].run(skeleton.blocks[index], hidden)
 
+    def finish(self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: the logits.
+
+        Args:
+            skeleton: all parameters outside of the blocks must be materialized.
+            tokens: int64 [1, length], on the model's device.
+            hidden: [1, length, hidden], the output of the last block for these tokens.
+
+        Returns:
+            [1, length, vocabulary].
+        """
+        with _replaced_blocks(skeleton, _Finished(hidden, self.as_tuple)):
+            logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def measure_head(
+        self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor, head: nn.Module, stats: LayerStats
+    ) -> None:
+        """Add to ``stats`` what the output head reads, for the last block's output; see :meth:`finish`.
+
+        The head itself does not run and need not be materialized.
+        """
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stats.update(args[0])
+            raise _Stop
+
+        handle = head.register_forward_pre_hook(hook)
+        try:
+            with suppress(_Stop):
+                self.finish(skeleton, tokens, hidden)
+        finally:
+            handle.remove()
+
 
 def _record(skeleton: Skeleton, tokens: Tensor, first_only: bool, as_tuple: bool) -> _Recording:
     recording = _Recording(len(skeleton.blocks), first_only, as_tuple)
@@ -131,7 +183,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, first_only: bool, as_tuple: bool
 
 
 @contextmanager
-def _replaced_blocks(skeleton: Skeleton, recording: _Recording) -> Iterator[None]:
+def _replaced_blocks(skeleton: Skeleton, recording: _Recording | _Finished) -> Iterator[None]:
     holder = skeleton.model.get_submodule(skeleton.block_path)
     for index, block in enumerate(skeleton.blocks):
         holder._modules[str(index)] = _Recorder(block, recording, index)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _WORD = 32
+_CODES_AT_ONCE = 2**22  # bounds the 64-bit working copies
 
 
 def packed_words(length: int, bits: int) -> int:
@@ -31,6 +32,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes must be uint8, not {codes.dtype}")
     if codes.numel() and not codes.is_meta and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
+    if codes.is_meta:
+        return torch.empty(codes.shape[0], packed_words(codes.shape[1], bits), dtype=torch.int32, device="meta")
+    return torch.cat([_pack(part, bits) for part in codes.split(_rows_at_once(codes.shape[1]))])
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
     rows, length = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -length % _WORD)).view(rows, -1, _WORD)
     words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
@@ -65,6 +72,11 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
             f"packed words must be int32 [{rows}, {packed_words(length, bits)}] for {length} codes of {bits} bits, "
             f"not {words.dtype} {list(words.shape)}"
         )
+    return torch.cat([_unpack(part, bits, length) for part in words.split(_rows_at_once(length))])
+
+
+def _unpack(words: Tensor, bits: int, length: int) -> Tensor:
+    rows = words.shape[0]
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(rows, -1, bits)
     codes = torch.empty(rows, padded.shape[1], _WORD, dtype=torch.uint8, device=words.device)
     for position in range(_WORD):
@@ -74,6 +86,10 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
             value = value | ((padded[:, :, word + 1].to(torch.int64) & 0xFFFFFFFF) << (_WORD - shift))
         codes[:, :, position] = (value & ((1 << bits) - 1)).to(torch.uint8)
     return codes.view(rows, -1)[:, :length].contiguous()
+
+
+def _rows_at_once(length: int) -> int:
+    return max(_CODES_AT_ONCE // max(length, 1), 1)
 
 
 def _check_bits(bits: int) -> None:

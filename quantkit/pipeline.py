@@ -14,6 +14,7 @@ from quantkit.arch import is_transposed
 from quantkit.capture import BlockInputs, Measurement
 from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize
+from quantkit.head import solve_in_rows
 from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
@@ -56,7 +57,7 @@ class Pipeline:
         """Quantize everything that is not on disk yet; returns the records of all layers."""
         records: list[LayerRecord] = []
         blocks = len(self.skeleton.blocks)
-        pending = not all(self.staging.is_done(index) for index in range(blocks))
+        pending = not all(self.staging.is_done(index) for index in range(self._last_measured))
         self.observer(Stage("quantizing", blocks + 1))
         hidden = self._enter() if self.plan.needs and pending else None
         try:
@@ -64,10 +65,11 @@ class Pipeline:
                 records += self._block(index, hidden)
                 trim()
                 self.observer(Step(f"block {index + 1}/{blocks}"))
+            at_head = self._measure_head(hidden)
         finally:
             if hidden is not None:
                 hidden.close()
-        records += self._outside(blocks)
+        records += self._outside(blocks, at_head)
         self.observer(Step("everything else"))
         return records
 
@@ -136,9 +138,28 @@ class Pipeline:
                 measurement.end_pass()
         return measurement
 
+    @property
+    def _last_measured(self) -> int:
+        """The number of shards that are measured, in a row from the first: all blocks, and perhaps the head's."""
+        return len(self.skeleton.blocks) + self.plan.measures_head
+
+    def _measure_head(self, hidden: Activations | None) -> LayerStats | None:
+        """What the output head reads: what the model makes of the last (quantized) block's outputs."""
+        if hidden is None or not self.plan.measures_head or self.staging.is_done(len(self.skeleton.blocks)):
+            return None
+        layer = next(layer for layer in self.plan.block_layers(None) if layer.solver.needs)
+        stats = LayerStats(layer.info.in_features, layer.solver.needs, self.device)
+        assign(self.skeleton.model, self._read(_in_front(self.skeleton)))
+        head = self.skeleton.model.get_submodule(layer.info.name)
+        for sample, tokens in enumerate(self.samples):
+            state = hidden[sample].to(self.device)
+            self._inputs.measure_head(self.skeleton, tokens[None].to(self.device), state, head, stats)
+        release(self.skeleton.model)
+        return stats
+
     def _hand_on(self, index: int, hidden: Activations) -> None:
-        """The second pass: the quantized block's outputs are the next block's inputs. The last block has no next."""
-        if index + 1 == len(self.skeleton.blocks):
+        """The second pass: the quantized block's outputs are the next one's inputs, which may be the head."""
+        if index + 1 == self._last_measured:
             return
         for sample in range(len(hidden)):
             hidden[sample] = self._inputs.run(self.skeleton, index, hidden[sample].to(self.device))
@@ -148,7 +169,7 @@ class Pipeline:
         records = self.staging.records(index)
         for record in records:
             self._announce(record, resumed=True)
-        if hidden is None or all(self.staging.is_done(later) for later in range(index, len(self.skeleton.blocks))):
+        if hidden is None or all(self.staging.is_done(later) for later in range(index, self._last_measured)):
             return records
         block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
         stored = stored_shard(self.staging, index)
@@ -162,8 +183,8 @@ class Pipeline:
         release(block)
         return records
 
-    def _outside(self, shard: int) -> list[LayerRecord]:
-        """Embeddings, final norm, head and whatever else the checkpoint holds."""
+    def _outside(self, shard: int, at_head: LayerStats | None) -> list[LayerRecord]:
+        """Embeddings, final norm, head and whatever else the checkpoint holds; ``at_head`` is of the head's input."""
         if self.staging.is_done(shard):
             records = self.staging.records(shard)
             for record in records:
@@ -173,11 +194,13 @@ class Pipeline:
         tensors = self.plan.checkpoint.read(name for name in self.plan.checkpoint.tensors if name not in inside)
         records = []
         for layer in self.plan.block_layers(None):
-            weight = _rows_first(tensors.pop(f"{layer.info.stem}.weight"), layer.info.transposed)
-            (solved,) = solve_group([layer], [weight], None, [None], self)
-            tensors.update(_named(layer, self.plan.format.encode(solved.weight)))
-            records.append(solved.record)
-            self._announce(solved.record)
+            weight = _rows_first(tensors[self.plan.weight_tensor(layer)], layer.info.transposed)
+            tensors.pop(f"{layer.info.stem}.weight", None)  # of a tied head the embedding's tensor stays
+            q, record = solve_in_rows(layer, weight, at_head, self.device, self.plan.dtype)
+            del weight
+            tensors.update(_named(layer, self.plan.format.encode(q)))
+            records.append(record)
+            self._announce(record)
         self.staging.write(shard, tensors, records)
         return records
 
@@ -288,8 +311,8 @@ def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[l
 
 def _in_front(skeleton: Skeleton) -> dict[str, str]:
     """The tensors outside of the blocks, but for the output head's own: the pass stops before it."""
-    head = skeleton.model.get_output_embeddings()
-    prefix = next((f"{name}." for name, module in skeleton.model.named_modules() if module is head), None)
+    head = skeleton.head_name()
+    prefix = None if head is None else f"{head}."
     return {n: d for n, d in skeleton.outside_tensors().items() if prefix is None or not n.startswith(prefix)}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
-from quantkit.arch import input_group, unequal_fused
+from quantkit.arch import collapsed_name, input_group, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.formats import CheckpointFormat, format_named
@@ -24,7 +25,9 @@ from quantkit.stats import Stat
 
 _FLOAT32 = 4
 _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what is reported of them
+_LEFT_OUT_SHOWN = 5
 _MIB = 2**20
+_HEAD_WEIGHTS_AT_ONCE = 2**24  # the head is solved in pieces of about so many weights
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
 
 
@@ -72,9 +75,33 @@ class Plan:
         return frozenset().union(*(layer.solver.needs for layer in self.layers))
 
     @cached_property
+    def measures_head(self) -> bool:
+        """Whether the output head's solver needs statistics of its input."""
+        return any(layer.info.block is None and layer.solver.needs for layer in self.layers)
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """The tensors of the checkpoint that the output does not hold: the quantized layers' weights."""
+        return frozenset(f"{layer.info.stem}.weight" for layer in self.layers) & self.checkpoint.tensors.keys()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The output's config.json but for its ``quantization_config``: the source's, a quantized head untied."""
+        untied = {"tie_word_embeddings": False} if any(layer.info.tied for layer in self.layers) else {}
+        return {**self.checkpoint.config, **untied}
+
+    def weight_tensor(self, layer: LayerPlan) -> str:
+        """The tensor on disk that holds a layer's weight: of a tied head, the embedding's."""
+        if not layer.info.tied:
+            return f"{layer.info.stem}.weight"
+        return self.skeleton.disk_names[self.skeleton.model.all_tied_weights_keys[f"{layer.info.name}.weight"]]
+
+    @cached_property
     def num_parameters(self) -> int:
-        """Parameters of the checkpoint, tied ones once."""
-        return sum(info.numel for info in self.checkpoint.tensors.values())
+        """Parameters of the output: those of the checkpoint, tied ones once, and those of a head that is untied."""
+        held = sum(info.numel for info in self.checkpoint.tensors.values())
+        absent = (layer for layer in self.layers if f"{layer.info.stem}.weight" not in self.checkpoint.tensors)
+        return held + sum(layer.numel for layer in absent)
 
     @cached_property
     def num_quantized(self) -> int:
@@ -84,13 +111,22 @@ class Plan:
     @cached_property
     def quantized_bytes(self) -> int:
         """Bytes of the quantized layers' tensors, by the code that will write them."""
-        return sum(_encoded_bytes(self.format, layer, self.dtype) for layer in self.layers)
+        return sum(encoded_bytes(self.format, layer, self.dtype) for layer in self.layers)
 
     @cached_property
     def size_after(self) -> int:
         """Bytes of all tensors of the output."""
-        dense = sum(self.checkpoint.tensors[f"{layer.info.stem}.weight"].nbytes for layer in self.layers)
+        dense = sum(self.checkpoint.tensors[name].nbytes for name in self.replaced)
         return self.checkpoint.nbytes - dense + self.quantized_bytes
+
+    @cached_property
+    def left_out(self) -> tuple[tuple[str, int], ...]:
+        """What stays as it is: tensor name, its indices as ``*``, and parameters in all; the largest first."""
+        sizes: dict[str, int] = {}
+        for name, info in self.checkpoint.tensors.items():
+            if name not in self.replaced:
+                sizes[collapsed_name(name)] = sizes.get(collapsed_name(name), 0) + info.numel
+        return tuple(sorted(sizes.items(), key=lambda item: -item[1]))
 
     @property
     def bits_per_quantized_weight(self) -> float:
@@ -133,8 +169,9 @@ class Plan:
             block = sum(info.nbytes + info.numel * self.dtype.itemsize for info in infos)
             peak = max(peak, block + _solving_bytes(self.block_layers(index)))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
+        peak = max(peak, outside + sum(_head_bytes(self.format, p, self.dtype) for p in self.block_layers(None)))
         if not self.needs:
-            return max(peak, outside)
+            return peak
         widest = max(layer.info.out_features + layer.info.in_features for layer in self.layers)
         sample = sequence_length * (8 * self._hidden_size + 4 * widest) * _FLOAT32
         held = min(self.activation_bytes(num_tokens), self.recipe.activation_memory)
@@ -187,7 +224,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_format(fmt, layers)
     if not layers:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
-    return Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, _notes(skeleton, layers))
+    plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, _notes(skeleton, fmt, dtype, layers))
+    _check_share(plan)
+    return plan
 
 
 def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
@@ -243,35 +282,54 @@ def check_memory(plan: Plan, num_tokens: int, sequence_length: int) -> None:
 def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], tuple[tuple[str, str], ...]]:
     layers: list[LayerPlan] = []
     skipped: list[tuple[str, str]] = []
+    head = skeleton.head_name()
     for info in skeleton.linears:
         choice = recipe.choice(info.name, info.block is not None)
         if choice is None:
             skipped.append((info.name, "kept by a rule" if info.block is not None else "outside of the blocks"))
             continue
-        if info.tied:
-            raise RecipeError(
-                message(
-                    info.name,
-                    "its weight is tied to the embedding, which stays as it is",
-                    "remove the rule that quantizes it",
-                )
-            )
-        if info.block is None and choice[1].needs:
-            raise RecipeError(
-                message(
-                    info.name,
-                    f"method {choice[1].name} measures layers inside of the blocks only",
-                    "add method: rtn to the rule that quantizes it",
-                )
-            )
+        if info.block is None:
+            _check_outside(info, choice[1], is_head=info.name == head)
         layers.append(LayerPlan(info, *choice))
     return tuple(layers), tuple(skipped)
 
 
+def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
+    """Outside of the blocks only the output head's input is measured, and only its Hessian."""
+    if solver.needs and not is_head:
+        raise RecipeError(
+            message(
+                info.name,
+                f"method {solver.name} measures the layers inside of the blocks and the output head only",
+                "add method: rtn to the rule that quantizes it",
+            )
+        )
+    if solver.needs - {Stat.HESSIAN}:
+        extra = ", ".join(sorted(stat.value for stat in solver.needs - {Stat.HESSIAN}))
+        raise RecipeError(
+            message(
+                info.name,
+                f"method {solver.name} with these options needs statistics ({extra}) that the head does not gather",
+                "give the rule that quantizes it a method of its own: rtn, or gptq with its defaults",
+            )
+        )
+
+
 def _check_rules(skeleton: Skeleton, recipe: Recipe) -> None:
     names = [info.name for info in skeleton.linears]
+    embeddings = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)]
     for rule in recipe.rules:
         if not any(rule.matches(name) for name in names):
+            for name in filter(rule.matches, embeddings):
+                raise RecipeError(
+                    message(
+                        "rules",
+                        f"match: {rule.match!r} means the embedding {name}, which stays as it is: SGLang would read "
+                        "a quantized one without an error as random numbers (its pull request 36137), and vLLM "
+                        "before its pull request 44340 has no reader for it",
+                        "remove the rule; the output head can be quantized by a rule of its own",
+                    )
+                )
             raise RecipeError(
                 message(
                     "rules",
@@ -284,7 +342,8 @@ def _check_rules(skeleton: Skeleton, recipe: Recipe) -> None:
 def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None:
     wrong: dict[str, list[str]] = {}
     for layer in layers:
-        dtype = checkpoint.tensors[f"{layer.info.stem}.weight"].dtype
+        name = f"{layer.info.stem}.weight"
+        dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else checkpoint.float_dtype
         if not dtype.is_floating_point:
             raise CheckpointError(
                 message(f"{layer.info.stem}.weight", f"is {dtype}", "quantkit quantizes floating-point weights")
@@ -311,7 +370,27 @@ def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
             )
 
 
-def _notes(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
+def _check_share(plan: Plan) -> None:
+    """The recipe's expectation of how much is quantized, held before any work."""
+    share, wanted = plan.num_quantized / plan.num_parameters, plan.recipe.min_share
+    if share >= wanted:
+        return
+    shown = [f"{name} ({numel / plan.num_parameters:.1%})" for name, numel in plan.left_out[:_LEFT_OUT_SHOWN]]
+    more = len(plan.left_out) - len(shown)
+    rest = f" and {more} more ({sum(n for _, n in plan.left_out[_LEFT_OUT_SHOWN:]) / plan.num_parameters:.1%})"
+    raise RecipeError(
+        message(
+            "min_share",
+            f"{share:.1%} of the parameters would be quantized and the recipe expects {wanted:.1%}; left out: "
+            f"{', '.join(shown)}{rest if more else ''}",
+            "quantize more of them by a rule, or lower min_share",
+        )
+    )
+
+
+def _notes(
+    skeleton: Skeleton, fmt: CheckpointFormat, dtype: torch.dtype, layers: tuple[LayerPlan, ...]
+) -> tuple[str, ...]:
     """What this plan's output will not do in other programs."""
     schemes: dict[str, object] = {info.name: None for info in skeleton.linears}
     schemes.update({layer.info.name: layer.scheme for layer in layers})
@@ -321,10 +400,35 @@ def _notes(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> tuple[str, ...]
     used = {layer.scheme for layer in layers}
     if len(used) > 1 and not all(scheme.symmetric for scheme in used):
         notes.append("transformers 5.23 cannot load several schemes of which some are asymmetric")
+    for layer in layers:
+        if layer.info.tied:
+            notes.append(
+                f"{layer.info.name} shares its weight with the embedding: it is untied (config.json: "
+                "tie_word_embeddings false), the embedding stays as it is, and the quantized copy adds "
+                f"{encoded_bytes(fmt, layer, dtype) / 1e6:.1f} MB"
+            )
+        if layer.info.block is None:
+            notes.append(
+                f"{layer.info.name} is quantized: vLLM before its pull request 37291 and SGLang before its pull "
+                "request 35228 do not read a quantized head"
+            )
     return tuple(notes)
 
 
-def _encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -> int:
+def head_rows_at_once(layer: LayerPlan) -> int:
+    """Rows of a layer outside of the blocks that are solved at once."""
+    return max(_HEAD_WEIGHTS_AT_ONCE // layer.info.in_features, 1)
+
+
+def _head_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -> int:
+    """The codes of the whole layer twice (in pieces, then joined), what is written of it, and one piece's solve."""
+    piece = min(head_rows_at_once(layer), layer.info.out_features) * layer.info.in_features
+    hessian = 2 * _FLOAT32 * layer.info.in_features**2 if layer.solver.needs else 0
+    return 2 * layer.numel + 2 * encoded_bytes(fmt, layer, dtype) + hessian + _SOLVE_COPIES * _FLOAT32 * piece
+
+
+def encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -> int:
+    """Bytes of a quantized layer's tensors, by the code that will write them."""
     rows, columns = layer.info.out_features, layer.info.in_features
     groups = layer.scheme.num_groups(columns)
     q = QuantizedTensor(

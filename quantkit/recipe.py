@@ -118,6 +118,7 @@ class Recipe(_Strict):
         format: the on-disk format.
         dtype: of the forward passes and of the scales on disk; ``auto`` is the model's own.
         activation_memory: bytes of activations between blocks that may lie in memory; more go to a file.
+        min_share: the run is refused when less than this share (0 to 1) of all parameters would be quantized.
 
     Raises:
         pydantic.ValidationError: wrong values, when built directly; :func:`make_recipe` raises RecipeError.
@@ -130,6 +131,7 @@ class Recipe(_Strict):
     format: Literal["compressed-tensors"] = "compressed-tensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_memory: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * 2**30
+    min_share: float = Field(default=0.0, ge=0, le=1)
 
     def choice(self, name: str, in_block: bool) -> tuple[QuantScheme, Solver] | None:
         """Scheme and solver of the linear layer ``name``; None leaves it as it is."""

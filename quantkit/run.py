@@ -285,7 +285,7 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
     write_index(path, weight_map, total)
     schemes = {layer.info.name: layer.scheme for layer in plan.layers}
     quantization = plan.format.write_config(schemes, tuple(name for name, _ in plan.skipped))
-    write_json(path / CONFIG, {**plan.checkpoint.config, "quantization_config": quantization})
+    write_json(path / CONFIG, {**plan.config, "quantization_config": quantization})
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"
     write_bytes(path / RECIPE, plan.recipe.to_yaml(heading).encode())

@@ -70,6 +70,11 @@ class Skeleton:
         """Parameter name -> tensor name on disk, for all that is not in a block."""
         return {n: disk for n, disk in self.disk_names.items() if not n.startswith(f"{self.block_path}.")}
 
+    def head_name(self) -> str | None:
+        """Module name of the output head, such as ``lm_head``; None when the model names none."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None)
+
 
 def open_config(path: Path) -> PretrainedConfig:
     """The transformers config of a causal language model; remote code is never run.

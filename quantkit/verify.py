@@ -43,8 +43,8 @@ def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord]) -> Non
 def _verify_config(written: Checkpoint, plan: Plan) -> None:
     config = dict(written.config)
     quantization = config.pop("quantization_config", None)
-    if config != plan.checkpoint.config:
-        raise CheckpointError(message(str(written.path), "config.json differs from the source's", "run again"))
+    if config != plan.config:
+        raise CheckpointError(message(str(written.path), "config.json differs from what was planned", "run again"))
     found = plan.format.read_config(quantization or {}, tuple(info.name for info in plan.skeleton.linears))
     if found != {layer.info.name: layer.scheme for layer in plan.layers}:
         raise CheckpointError(
@@ -53,8 +53,7 @@ def _verify_config(written: Checkpoint, plan: Plan) -> None:
 
 
 def _verify_rest(written: Checkpoint, plan: Plan, expected: set[str]) -> None:
-    replaced = {f"{layer.info.stem}.weight" for layer in plan.layers}
-    kept = {name: info for name, info in plan.checkpoint.tensors.items() if name not in replaced}
+    kept = {name: info for name, info in plan.checkpoint.tensors.items() if name not in plan.replaced}
     missing = sorted((expected | kept.keys()) - written.tensors.keys())
     extra = sorted(written.tensors.keys() - (expected | kept.keys()))
     if missing or extra:

@@ -199,8 +199,8 @@ def test_recipe_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "did you mean damp_percent?" in text
     recipe.write_text("rules:\n  - match: '*.no_such_proj'\n    skip: true\n")
     assert "matches no linear layer" in refused("builtin", "--recipe", recipe)
-    recipe.write_text("rules:\n  - {match: lm_head, scheme: w8a16}\n")
-    assert "tied to the embedding" in refused("builtin", "--recipe", recipe)
+    recipe.write_text("rules:\n  - {match: '*embed_tokens', scheme: w8a16}\n")
+    assert "means the embedding model.embed_tokens" in refused("builtin", "--recipe", recipe)
     assert "cannot be read" in refused("builtin", "--recipe", tmp_path / "none.yaml")
 
 
@@ -208,8 +208,10 @@ def test_what_does_not_go_together(refused: Callable[..., str], tmp_path: Path, 
     assert "act_bits=8" in refused("builtin", "--scheme", "w8a8")
     assert "bits=9" in refused("builtin", "--scheme", "w9a16")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("scheme: w4a16_g32\nrules:\n  - {match: lm_head, scheme: w8a16_g32}\n")
-    assert "add method: rtn" in refused(tiny("llama"), "--recipe", recipe)
+    recipe.write_text("min_share: 0.9\n")
+    text = refused("builtin", "--recipe", recipe)
+    assert "85.7% of the parameters would be quantized and the recipe expects 90.0%" in text
+    assert "left out: model.embed_tokens.weight (14.3%)" in text
     assert "tokenizer cannot be opened" in refused(tiny("llama"), "--group-size", "32", *FEW)
 
 

@@ -27,6 +27,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("linear", "checkpoint", "source", "report", "activations", "perplexity"),
     ("recipe", "skeleton", "staging"),
     ("capture", "plan", "loader"),
+    ("head",),
     ("pipeline", "verify", "evaluation"),
     ("run", "progress"),
     ("cli",),

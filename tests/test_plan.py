@@ -87,3 +87,25 @@ def test_real_disk_and_memory_suffice(tiny: Callable[[str], Path], tmp_path: Pat
     plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"scheme": "w4a16_g32"}))
     check_disk(plan, tmp_path / "not" / "there" / "yet", 1000)
     check_memory(plan, 1000, 100)
+
+
+def test_expected_share(tiny: Callable[[str], Path]) -> None:
+    """The share at which a plan is refused is the one that it reports, and what is left out is listed by size."""
+    source = Checkpoint(tiny("llama"))
+    rules = [{"match": "*.mlp.*", "skip": True}]
+    share = make_plan(source, make_recipe({"scheme": "w4a16_g32", "rules": rules})).to_dict()["share_quantized"]
+    assert 0 < share < 0.5
+    make_plan(source, make_recipe({"scheme": "w4a16_g32", "rules": rules, "min_share": share}))
+    with pytest.raises(quantkit.RecipeError, match="the recipe expects") as refusal:
+        make_plan(source, make_recipe({"scheme": "w4a16_g32", "rules": rules, "min_share": share + 1e-6}))
+    text = str(refusal.value)
+    assert "left out: lm_head.weight (" in text
+    assert "model.embed_tokens.weight (" in text
+    assert "model.layers.*.mlp.down_proj.weight (" in text
+    assert "and 3 more (" in text
+
+
+def test_left_out_and_quantized_make_the_whole(tiny: Callable[[str], Path]) -> None:
+    for family in ("llama", "gpt2", "qwen2"):
+        plan = make_plan(Checkpoint(tiny(family)), make_recipe({"scheme": "w4a16_g32"}))
+        assert sum(numel for _, numel in plan.left_out) + plan.num_quantized == plan.num_parameters

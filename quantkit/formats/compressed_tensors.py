@@ -17,6 +17,7 @@ from quantkit.scheme import QuantScheme
 
 _VERSION = "0.17.0"  # of the config's layout, as its readers know it
 _WHERE = "config.json: quantization_config"
+_IN_BLOCK = re.compile(r"\.\d+\.")  # the module names of decoder blocks hold their index
 
 
 class _Weights(BaseModel):
@@ -125,7 +126,7 @@ class CompressedTensors:
         """See :class:`quantkit.formats.base.CheckpointFormat`.
 
         The commonest scheme targets the class Linear, the others their modules by name: readers take the first
-        group that matches, and look at names before classes.
+        group that matches, and look at names before classes. The output head is always named.
         """
         counts: dict[QuantScheme, int] = {}
         for scheme in schemes.values():
@@ -133,7 +134,10 @@ class CompressedTensors:
         order = sorted(counts, key=lambda scheme: counts[scheme])
         groups = {}
         for index, scheme in enumerate(order):
-            names = ["Linear"] if scheme is order[-1] else [n for n, s in schemes.items() if s == scheme]
+            names = [n for n, s in schemes.items() if s == scheme]
+            if scheme is order[-1]:
+                # The engines' output head is of another class: only its name reaches it.
+                names = ["Linear", *(n for n in names if not _IN_BLOCK.search(n))]
             groups[f"group_{index}"] = {
                 "targets": names,
                 "weights": _weight_arguments(scheme),
