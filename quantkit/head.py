@@ -41,6 +41,7 @@ def solve_in_rows(
     measured = stats if layer.solver.needs else None
     hessian = measured.hessian if measured is not None and Stat.HESSIAN in layer.solver.needs else None
     parts: list[QuantizedTensor] = []
+    notes: dict[str, None] = {}
     loss = reference = signal = error = 0.0
     for rows in _pieces(layer):
         piece = weight[rows].to(device, torch.float32)
@@ -54,6 +55,7 @@ def solve_in_rows(
         if hessian is not None:  # tr(W H Wᵀ)
             reference += float(((piece @ hessian) * piece).sum(dtype=torch.float64))
         parts.append(solution.weight)
+        notes.update(dict.fromkeys(solution.notes))
     if not loss < float("inf"):
         raise CheckpointError(
             message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
@@ -71,6 +73,7 @@ def solve_in_rows(
         num_tokens=0 if measured is None else measured.num_tokens,
         seconds=time.perf_counter() - started,
         digest=q.digest(),
+        notes=tuple(notes),
     )
     return q, record
 

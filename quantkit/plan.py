@@ -295,7 +295,7 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
 
 
 def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
-    """Outside of the blocks only the output head's input is measured, and only its Hessian."""
+    """Outside of the blocks only the output head's input is measured, and there is no full-precision one beside it."""
     if solver.needs and not is_head:
         raise RecipeError(
             message(
@@ -304,13 +304,13 @@ def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
                 "add method: rtn to the rule that quantizes it",
             )
         )
-    if solver.needs - {Stat.HESSIAN}:
-        extra = ", ".join(sorted(stat.value for stat in solver.needs - {Stat.HESSIAN}))
+    if Stat.DRIFT in solver.needs:
         raise RecipeError(
             message(
                 info.name,
-                f"method {solver.name} with these options needs statistics ({extra}) that the head does not gather",
-                "give the rule that quantizes it a method of its own: rtn, or gptq with its defaults",
+                f"method {solver.name} with these options needs the full-precision model's input, and the head's is "
+                "not kept",
+                "give the rule that quantizes it a method of its own: rtn, or gptq without that correction",
             )
         )
 
