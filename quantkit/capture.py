@@ -197,7 +197,8 @@ def _replaced_blocks(skeleton: Skeleton, recording: _Recording | _Finished) -> I
 class Measurement:
     """Statistics of a block's linear layers, gathered by hooks while the block runs.
 
-    Layers that are called with the same tensor share one :class:`LayerStats`.
+    Layers that are called with the same tensor share one :class:`LayerStats`. Where the drift is asked for, every
+    pass is preceded by one of the same sample's full-precision hidden states, in :meth:`of_reference`.
 
     Attributes:
         inputs: layer -> the statistics of its input.
@@ -210,6 +211,8 @@ class Measurement:
         self._linears, self._needs = linears, needs
         self._leaders: dict[str, bool] = {}
         self._live: list[tuple[Tensor, str]] = []  # inputs of the first pass, held so that no address is used twice
+        self._references: dict[str, Tensor] = {}  # what the full-precision pass gave each layer
+        self._is_reference = False
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -223,12 +226,22 @@ class Measurement:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def of_reference(self) -> Iterator[None]:
+        """The pass inside is the full-precision model's: its inputs are kept for the measured pass that follows."""
+        self._is_reference = True
+        try:
+            yield
+        finally:
+            self._is_reference = False
+
     def end_pass(self) -> None:
         """One forward pass of the block is over: who shares an input with whom is known from here on."""
         self._live.clear()
+        self._references.clear()
 
     def groups(self) -> list[list[str]]:
-        """Layers by shared input, in the order of the block.
+        """Layers by shared input, in the order in which they first ran.
 
         Raises:
             CalibrationError: a layer that never ran.
@@ -243,20 +256,23 @@ class Measurement:
                 )
             )
         by_stats: dict[int, list[str]] = {}
-        for name in self._linears:
-            by_stats.setdefault(id(self.inputs[name]), []).append(name)
+        for name, stats in self.inputs.items():
+            by_stats.setdefault(id(stats), []).append(name)
         return list(by_stats.values())
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0]
+            if self._is_reference:
+                self._references[name] = x
+                return
             if name not in self.inputs:
                 leader = next((other for tensor, other in self._live if _same(tensor, x)), None)
                 self._leaders[name] = leader is None
                 self.inputs[name] = self.inputs[leader] if leader else LayerStats(x.shape[-1], self._needs, x.device)
                 self._live.append((x, name))
             if self._leaders[name]:
-                self.inputs[name].update(x)
+                self.inputs[name].update(x, self._references.get(name))
             bias = getattr(module, "bias", None)
             y = output if bias is None else output - bias
             self.output_energy[name] += float(torch.linalg.vector_norm(y, dtype=torch.float32)) ** 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,25 @@ class SolvedLayer:
     record: LayerRecord
 
 
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The hidden states in front of the next block.
+
+    Attributes:
+        hidden: those of the quantized model, so far as it is quantized.
+        reference: those of the full-precision model; None when nobody compares with them.
+    """
+
+    hidden: Activations
+    reference: Activations | None
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.hidden.close()
+        if self.reference is not None:
+            self.reference.close()
+
+
 class Pipeline:
     """One run over all blocks.
 
@@ -59,82 +79,134 @@ class Pipeline:
         blocks = len(self.skeleton.blocks)
         pending = not all(self.staging.is_done(index) for index in range(self._last_measured))
         self.observer(Stage("quantizing", blocks + 1))
-        hidden = self._enter() if self.plan.needs and pending else None
+        streams = self._enter() if self.plan.needs and pending else None
         try:
             for index in range(blocks):
-                records += self._block(index, hidden)
+                records += self._block(index, streams)
                 trim()
                 self.observer(Step(f"block {index + 1}/{blocks}"))
-            at_head = self._measure_head(hidden)
+            at_head = self._measure_head(streams.hidden if streams is not None else None)
         finally:
-            if hidden is not None:
-                hidden.close()
+            if streams is not None:
+                streams.close()
         records += self._outside(blocks, at_head)
         self.observer(Step("everything else"))
         return records
 
-    def _enter(self) -> Activations:
+    def _enter(self) -> Streams:
         """The hidden states in front of the first block."""
         place_buffers(self.skeleton.model, self.device)
         outside = self._read(_in_front(self.skeleton))
         assign(self.skeleton.model, outside)
         del outside
-        store: Activations | None = None
+        stores: list[Activations] = []
         for index, tokens in enumerate(self.samples):
             state = self._inputs.first_hidden(self.skeleton, tokens[None].to(self.device))
-            if store is None:
-                shapes = [(1, int(sample.numel()), int(state.shape[-1])) for sample in self.samples]
-                store = Activations(shapes, state.dtype, self.plan.recipe.activation_memory, self.staging.path)
-            store[index] = state
+            stores = stores or self._stores(state)
+            for store in stores:
+                store[index] = state
         release(self.skeleton.model)
-        assert store is not None, "the caller gives samples whenever a solver measures"
-        return store
+        assert stores, "the caller gives samples whenever a solver measures"
+        return Streams(stores[0], stores[1] if len(stores) > 1 else None)
 
-    def _block(self, index: int, hidden: Activations | None) -> list[LayerRecord]:
+    def _stores(self, state: Tensor) -> list[Activations]:
+        """Room for each stream's states, of which ``state`` [1, length, hidden] is one."""
+        shapes = [(1, int(sample.numel()), int(state.shape[-1])) for sample in self.samples]
+        names = ("activations.bin", "reference.bin")[: self.plan.num_streams]
+        budget = self.plan.recipe.activation_memory // len(names)
+        return [Activations(shapes, state.dtype, budget, self.staging.path, name) for name in names]
+
+    def _block(self, index: int, streams: Streams | None) -> list[LayerRecord]:
         if self.staging.is_done(index):
-            return self._replay(index, hidden)
-        names = self.skeleton.block_tensors(index)
+            return self._replay(index, streams)
         block = self.skeleton.blocks[index]
-        source = self.plan.checkpoint.read(names.values())
-        if hidden is not None:
-            assign(block, {name: self._placed(source[disk]) for name, disk in names.items()})
+        source = self.plan.checkpoint.read(self.skeleton.block_tensors(index).values())
+        if streams is not None:
+            self._place_block(index, source)
         layers = self.plan.block_layers(index)
-        measured = self._measure(index, layers, hidden)
-        groups = _groups(layers, measured)
-        shard = {
-            disk: tensor for disk, tensor in source.items() if disk not in {f"{p.info.stem}.weight" for p in layers}
-        }
+        replaced = {f"{layer.info.stem}.weight" for layer in layers}
+        shard = {disk: tensor for disk, tensor in source.items() if disk not in replaced}
         records = {}
-        for group in groups:
+        for group, measured in self._measured_groups(index, layers, streams):
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
             stats = measured.inputs.get(group[0].info.local) if measured else None
             energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
             for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
                 shard.update(_named(layer, self.plan.format.encode(solved.weight)))
-                if hidden is not None:
+                if streams is not None:
                     module = block.get_submodule(layer.info.local)
                     _replace_weight(module, solved.weight, self.plan.dtype)
                 records[layer.info.name] = solved.record
                 self._announce(solved.record)
         ordered = [records[layer.info.name] for layer in layers]
         self.staging.write(index, shard, ordered)
-        if hidden is not None:
-            self._hand_on(index, hidden)
+        if streams is not None:
+            self._hand_on(index, streams.hidden)
         release(block)
         return ordered
 
-    def _measure(self, index: int, layers: Sequence[LayerPlan], hidden: Activations | None) -> Measurement | None:
-        """The first pass: the block as it was, on inputs that come from quantized blocks."""
-        if hidden is None:
-            return None
+    def _place_block(self, index: int, source: dict[str, Tensor]) -> None:
+        """Put a block's tensors, as read, into its module."""
+        names = self.skeleton.block_tensors(index)
+        assign(self.skeleton.blocks[index], {name: self._placed(source[disk]) for name, disk in names.items()})
+
+    def _measured_groups(
+        self, index: int, layers: Sequence[LayerPlan], streams: Streams | None
+    ) -> Iterator[tuple[list[LayerPlan], Measurement | None]]:
+        """The layers to solve together, one group after the other, each with what was measured for it.
+
+        Everything is measured in one pass; or, true-sequentially, each group in a pass of its own when the groups
+        before it are quantized already.
+        """
+        original = _weights(self.skeleton.blocks[index])
+        measuring = [layer for layer in layers if layer.solver.needs]
+        parts = [measuring] if measuring else []
+        if streams is not None and self.plan.recipe.true_sequential and measuring:
+            by_name = {layer.info.local: layer for layer in measuring}
+            probe = self._measure(index, measuring, streams, original, range(1))
+            parts = [[by_name[name] for name in names] for names in probe.groups()]
+        for group in _groups([layer for layer in layers if not layer.solver.needs], None):
+            yield group, None
+        for part in parts:
+            assert streams is not None, "the caller enters the model whenever a solver measures"
+            last = part is parts[-1]
+            measured = self._measure(index, part, streams, original, range(len(streams.hidden)), advance=last)
+            for group in _groups(part, measured):
+                yield group, measured
+        if not parts and streams is not None and streams.reference is not None:
+            with _holding(self.skeleton.blocks[index], original):
+                self._hand_on(index, streams.reference)
+
+    def _measure(
+        self,
+        index: int,
+        layers: Sequence[LayerPlan],
+        streams: Streams,
+        original: dict[str, nn.Parameter],
+        samples: range,
+        advance: bool = False,
+    ) -> Measurement:
+        """Statistics of the layers' inputs, which come from quantized blocks.
+
+        Args:
+            index: the block.
+            layers: all of them measure something.
+            streams: the hidden states in front of the block.
+            original: the block's weights in full precision.
+            samples: which to run.
+            advance: leave the reference stream behind the block: nobody will run it through this block again.
+        """
         block = self.skeleton.blocks[index]
-        linears = {layer.info.local: block.get_submodule(layer.info.local) for layer in layers if layer.solver.needs}
-        if not linears:
-            return None
+        linears = {layer.info.local: block.get_submodule(layer.info.local) for layer in layers}
         measurement = Measurement(linears, frozenset().union(*(layer.solver.needs for layer in layers)))
         with measurement.hooked():
-            for sample in range(len(hidden)):
-                self._inputs.run(self.skeleton, index, hidden[sample].to(self.device))
+            for sample in samples:
+                if streams.reference is not None:
+                    with measurement.of_reference(), _holding(block, original):
+                        exact = self._inputs.run(self.skeleton, index, streams.reference[sample].to(self.device))
+                    if advance:
+                        streams.reference[sample] = exact
+                self._inputs.run(self.skeleton, index, streams.hidden[sample].to(self.device))
                 measurement.end_pass()
         return measurement
 
@@ -157,21 +229,24 @@ class Pipeline:
         release(self.skeleton.model)
         return stats
 
-    def _hand_on(self, index: int, hidden: Activations) -> None:
-        """The second pass: the quantized block's outputs are the next one's inputs, which may be the head."""
+    def _hand_on(self, index: int, states: Activations) -> None:
+        """The block's outputs are the next one's inputs, which may be the head; the last block may have no next."""
         if index + 1 == self._last_measured:
             return
-        for sample in range(len(hidden)):
-            hidden[sample] = self._inputs.run(self.skeleton, index, hidden[sample].to(self.device))
+        for sample in range(len(states)):
+            states[sample] = self._inputs.run(self.skeleton, index, states[sample].to(self.device))
 
-    def _replay(self, index: int, hidden: Activations | None) -> list[LayerRecord]:
+    def _replay(self, index: int, streams: Streams | None) -> list[LayerRecord]:
         """A block that an interrupted run finished: nothing is solved, its outputs are computed again."""
         records = self.staging.records(index)
         for record in records:
             self._announce(record, resumed=True)
-        if hidden is None or all(self.staging.is_done(later) for later in range(index, self._last_measured)):
+        if streams is None or all(self.staging.is_done(later) for later in range(index, self._last_measured)):
             return records
         block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
+        if streams.reference is not None:
+            self._place_block(index, self.plan.checkpoint.read(names.values()))
+            self._hand_on(index, streams.reference)
         stored = stored_shard(self.staging, index)
         for name, disk in names.items():
             if disk in stored:
@@ -179,7 +254,7 @@ class Pipeline:
         for layer in self.plan.block_layers(index):
             module = block.get_submodule(layer.info.local)
             _replace_weight(module, decode_layer(self.plan, layer, stored), self.plan.dtype, self.device)
-        self._hand_on(index, hidden)
+        self._hand_on(index, streams.hidden)
         release(block)
         return records
 
@@ -307,6 +382,28 @@ def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[l
             alike.setdefault((by_name[name].scheme, by_name[name].solver), []).append(by_name[name])
         groups += alike.values()
     return groups
+
+
+def _weights(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a block holds now, by name."""
+    return dict(block.named_parameters())
+
+
+@contextmanager
+def _holding(block: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """The block has these parameters inside, and those that it had before again afterwards."""
+    before = _weights(block)
+    _put(block, parameters)
+    try:
+        yield
+    finally:
+        _put(block, before)
+
+
+def _put(block: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        block.get_submodule(owner)._parameters[leaf] = parameter
 
 
 def _in_front(skeleton: Skeleton) -> dict[str, str]:

@@ -139,9 +139,19 @@ class Plan:
         return 8 * self.size_after / self.num_parameters
 
     @property
+    def num_streams(self) -> int:
+        """Hidden states of each sample: the quantized model's, and the full-precision model's where it is compared."""
+        return 0 if not self.needs else 2 if Stat.DRIFT in self.needs else 1
+
+    @property
     def forward_passes(self) -> int:
-        """Passes of every calibration sample through every block: one to measure, one to hand on."""
-        return 2 if self.needs else 0
+        """Passes of every calibration sample through every block: one to measure (for each of the streams, and true-
+        sequentially for each input that layers share, plus one sample to see which do), one to hand on.
+        """
+        if not self.needs:
+            return 0
+        inputs = {input_group(layer.info.name) for layer in self.block_layers(0) if layer.solver.needs}
+        return self.num_streams * (len(inputs) if self.recipe.true_sequential else 1) + 1
 
     @property
     def num_shards(self) -> int:
@@ -154,7 +164,7 @@ class Plan:
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Bytes of the hidden states between two blocks."""
-        return num_tokens * self._hidden_size * self.dtype.itemsize if self.needs else 0
+        return self.num_streams * num_tokens * self._hidden_size * self.dtype.itemsize
 
     def peak_memory(self, num_tokens: int, sequence_length: int) -> int:
         """Projected peak of resident memory in bytes, above what the process holds now: it does not grow with blocks.
@@ -166,7 +176,9 @@ class Plan:
         peak = 0
         for index in range(len(self.skeleton.blocks)):
             infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_tensors(index).values()]
-            block = sum(info.nbytes + info.numel * self.dtype.itemsize for info in infos)
+            # As read, as run, and as it was before quantization where that is compared with.
+            copies = max(1, self.num_streams)
+            block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)
             peak = max(peak, block + _solving_bytes(self.block_layers(index)))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
         peak = max(peak, outside + sum(_head_bytes(self.format, p, self.dtype) for p in self.block_layers(None)))
@@ -230,16 +242,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
-    """A block's Hessians, one for each input, the factor of the largest, and the matrices of the largest solve."""
+    """A block's Hessians (and drifts), one for each input, a factor, and the matrices of the largest solve."""
     rows: dict[str, int] = {}
-    widths: dict[str, int] = {}
+    squares: dict[str, int] = {}
+    matrices: dict[str, int] = {}
     for layer in layers:
         key = input_group(layer.info.name)
         rows[key] = rows.get(key, 0) + layer.numel
-        if Stat.HESSIAN in layer.solver.needs:
-            widths[key] = layer.info.in_features
-    hessians = [_FLOAT32 * width**2 for width in widths.values()]
-    return sum(hessians) + max(hessians, default=0) + _SOLVE_COPIES * _FLOAT32 * max(rows.values(), default=0)
+        squares[key] = _FLOAT32 * layer.info.in_features**2
+        matrices[key] = max(matrices.get(key, 0), len({Stat.HESSIAN, Stat.DRIFT} & layer.solver.needs))
+    gathered = sum(squares[key] * count for key, count in matrices.items())
+    factor = max((squares[key] for key, count in matrices.items() if count), default=0)
+    return gathered + factor + _SOLVE_COPIES * _FLOAT32 * max(rows.values(), default=0)
 
 
 def check_disk(plan: Plan, output: Path, num_tokens: int) -> None:

@@ -116,6 +116,8 @@ class Recipe(_Strict):
             quantized only when a rule asks.
         calibration: the tokens that the method measures with; not read by rtn.
         format: the on-disk format.
+        true_sequential: measure the layers that read one input (q/k/v, then o, then gate/up, then down) when those
+            before them in the block are quantized already: a pass for each, in place of one for the block.
         dtype: of the forward passes and of the scales on disk; ``auto`` is the model's own.
         activation_memory: bytes of activations between blocks that may lie in memory; more go to a file.
         min_share: the run is refused when less than this share (0 to 1) of all parameters would be quantized.
@@ -128,6 +130,7 @@ class Recipe(_Strict):
     method: MethodField = GPTQ()
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
+    true_sequential: bool = False
     format: Literal["compressed-tensors"] = "compressed-tensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     activation_memory: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * 2**30

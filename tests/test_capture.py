@@ -133,6 +133,23 @@ def test_measuring_changes_nothing() -> None:
     assert found.inputs["q"].num_tokens == 5  # the second pass was not hooked
 
 
+def test_drift_pairs_each_pass_with_its_reference() -> None:
+    """The reference pass is not measured itself; what it gave each layer meets the measured pass that follows."""
+    block, pairs = _Attention(), [(torch.randn(1, n, 8), torch.randn(1, n, 8)) for n in (5, 3)]
+    found = Measurement({n: getattr(block, n) for n in "qkvo"}, frozenset({Stat.HESSIAN, Stat.DRIFT}))
+    with torch.no_grad(), found.hooked():
+        for reference, x in pairs:
+            with found.of_reference():
+                block(reference)
+            block(x)
+            found.end_pass()
+    assert found.groups() == [["q", "k", "v"], ["o"]]
+    exact, x = (torch.cat([pair[i] for pair in pairs], 1)[0] for i in (0, 1))
+    assert found.inputs["k"].num_tokens == 8
+    torch.testing.assert_close(found.inputs["k"].hessian, 2 / 8 * x.T @ x)
+    torch.testing.assert_close(found.inputs["k"].drift, 2 / 8 * (exact - x).T @ x)
+
+
 def test_a_layer_that_never_runs() -> None:
     found = measured(_Attention(), ("q", "idle"), [torch.randn(1, 2, 8)])
     with pytest.raises(CalibrationError, match="idle: never ran"):

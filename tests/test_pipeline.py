@@ -41,29 +41,45 @@ def decoded(
 
 
 @torch.no_grad()
-def whole_model_gptq(path: Path, samples: Sequence[Tensor]) -> dict[str, QuantizedTensor]:
-    """GPTQ as one would write it with the whole model in memory: every pass runs every block."""
+def whole_model_gptq(
+    path: Path, samples: Sequence[Tensor], parts: Sequence[Sequence[str]] | None = None
+) -> dict[str, QuantizedTensor]:
+    """GPTQ as one would write it with the whole model in memory: every pass runs every block.
+
+    ``parts``: the layers of a block, by name, that are measured and solved before the next ones are measured.
+    """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     found = find_blocks(model)
     assert found is not None
     solved = {}
     for index, block in enumerate(found.blocks):
-        linears = find_linears(block)
-        stats = {
-            n: LayerStats(_shape(m)[1], frozenset({Stat.HESSIAN}), torch.device("cpu")) for n, m in linears.items()
-        }
-        handles = [m.register_forward_pre_hook(_updates(stats[n])) for n, m in linears.items()]
-        for sample in samples:
-            model(input_ids=sample[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for name, module in linears.items():
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            rows = weight.T if is_transposed(module) else weight
-            q = quantkit.GPTQ().solve(rows.float(), SCHEME, stats[name], torch.float32).weight
-            new = dequantize(q)
-            weight.copy_(new.T if is_transposed(module) else new)
-            solved[f"{found.path}.{index}.{name}"] = q
+        every = find_linears(block)
+        for names in parts or [list(every)]:
+            linears = {name: every[name] for name in names}
+            for name, q in _solved(linears, _measured(model, linears, samples)).items():
+                solved[f"{found.path}.{index}.{name}"] = q
+    return solved
+
+
+def _measured(model: nn.Module, linears: dict[str, nn.Module], samples: Sequence[Tensor]) -> dict[str, LayerStats]:
+    stats = {n: LayerStats(_shape(m)[1], frozenset({Stat.HESSIAN}), torch.device("cpu")) for n, m in linears.items()}
+    handles = [m.register_forward_pre_hook(_updates(stats[n])) for n, m in linears.items()]
+    for sample in samples:
+        model(input_ids=sample[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return stats
+
+
+def _solved(linears: dict[str, nn.Module], stats: dict[str, LayerStats]) -> dict[str, QuantizedTensor]:
+    solved = {}
+    for name, module in linears.items():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        rows = weight.T if is_transposed(module) else weight
+        q = quantkit.GPTQ().solve(rows.float(), SCHEME, stats[name], torch.float32).weight
+        new = dequantize(q)
+        weight.copy_(new.T if is_transposed(module) else new)
+        solved[name] = q
     return solved
 
 
@@ -84,15 +100,56 @@ def test_streaming_equals_whole_model(
     family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:
     """Masks, position embeddings and sliding windows reach every block as in the model itself."""
-    expected = whole_model_gptq(tiny(family), tokens)
     quantkit.quantize(tiny(family), tmp_path / "out", recipe=RECIPE, tokens=tokens)
+    assert_solved(tmp_path / "out", whole_model_gptq(tiny(family), tokens))
+
+
+def assert_solved(path: Path, expected: dict[str, QuantizedTensor]) -> None:
     shapes = {name: (q.out_features, q.in_features) for name, q in expected.items()}
-    found = decoded(tmp_path / "out", dict.fromkeys(expected, SCHEME), shapes)
+    found = decoded(path, dict.fromkeys(expected, SCHEME), shapes)
     for name, q in expected.items():
         # Stacked rows may be summed in another order, which can move a code that lies on the edge between two.
         differing = float((found[name].codes != q.codes).float().mean())
         assert differing < 2e-3, f"{name}: {differing:.2%} of the codes differ"
         torch.testing.assert_close(found[name].scale, q.scale, rtol=1e-3, atol=0)
+
+
+_ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+SEQUENTIAL = {
+    "llama": [*_ATTENTION, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]],
+    "phi3": [["self_attn.qkv_proj"], ["self_attn.o_proj"], ["mlp.gate_up_proj"], ["mlp.down_proj"]],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    # Attention and MLP read the same hidden states side by side, and query_key_value runs first.
+    "gpt_neox": [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]],
+}
+
+
+@pytest.mark.parametrize("family", SEQUENTIAL)
+def test_true_sequential_equals_whole_model(
+    family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """Each input is measured behind the layers of its block that are quantized already."""
+    expected = whole_model_gptq(tiny(family), tokens, SEQUENTIAL[family])
+    prepared = prepare(tiny(family), tmp_path / "out", recipe={**RECIPE, "true_sequential": True}, tokens=tokens)
+    calls: Counter[int] = Counter()
+    for index, block in enumerate(prepared.plan.skeleton.blocks):
+        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+    execute(prepared)
+    assert_solved(tmp_path / "out", expected)
+    assert prepared.plan.forward_passes == len(SEQUENTIAL[family]) + 1
+    assert calls[0] == prepared.plan.forward_passes * len(tokens) + 1  # and one sample to see who shares an input
+
+
+def test_true_sequential_with_layers_that_measure_nothing(
+    tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    rules = [{"match": "*.layers.1.*", "skip": True}, {"match": "*.o_proj", "method": "rtn"}]
+    recipe = {**RECIPE, "true_sequential": True, "rules": rules}
+    result = quantkit.quantize(tiny("llama"), tmp_path / "out", recipe=recipe, tokens=tokens)
+    methods = {layer["name"]: layer["method"] for layer in result.report["layers"]}
+    assert methods["model.layers.0.self_attn.o_proj"] == "rtn"
+    assert methods["model.layers.2.mlp.down_proj"] == "gptq"
+    assert len(methods) == 14
 
 
 @pytest.mark.parametrize("family", FAMILIES)
