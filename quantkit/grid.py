@@ -50,6 +50,74 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantSch
     return torch.round(weight / scale.to(weight.dtype)).add_(zero_point).clamp_(0, scheme.levels - 1)
 
 
+class Grids:
+    """The grids of a weight while it is solved: scales and zero points a group at a time, and the work of rounding.
+
+    Attributes:
+        scale: ``dtype`` [groups, out], the dtype that ships.
+        zero_point: uint8 [groups, out].
+    """
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, compute: torch.dtype) -> None:
+        self.scale, self.zero_point, self._scheme = scale, zero_point, scheme
+        self._scale = scale.to(compute, copy=True)
+        self._low = zero_point.to(compute).neg_()
+        # Lines once and for all: an index costs as much as the arithmetic on a short line.
+        self._scales, self._lows = self._scale.unbind(), self._low.unbind()
+        self._high = self._low + (scheme.levels - 1)
+        self._highs = self._high.unbind()
+
+    @classmethod
+    def empty(
+        cls,
+        groups: int,
+        out_features: int,
+        scheme: QuantScheme,
+        dtype: torch.dtype,
+        compute: torch.dtype,
+        device: torch.device,
+    ) -> Grids:
+        """Grids that are yet to be set: scale 1, zero point in the middle.
+
+        Args:
+            groups, out_features: one grid each.
+            scheme: bits and symmetry.
+            dtype: floating-point dtype of the scale on disk.
+            compute: dtype of the weights that are rounded.
+            device: where they are.
+        """
+        scale = torch.ones(groups, out_features, dtype=dtype, device=device)
+        zero_point = torch.full((groups, out_features), scheme.mid, dtype=torch.uint8, device=device)
+        return cls(scale, zero_point, scheme, compute)
+
+    def __setitem__(self, group: int | slice, grid: tuple[Tensor, Tensor]) -> None:
+        """Set scale ``dtype`` and zero point uint8 of one group [out], or of several [groups, out]."""
+        self.scale[group], self.zero_point[group] = grid
+        self._scale[group] = self.scale[group].to(self._scale.dtype)
+        self._low[group] = self.zero_point[group].to(self._low.dtype).neg_()
+        self._high[group] = self._low[group] + (self._scheme.levels - 1)
+
+    def nearest(self, weight: Tensor, group: int, out: Tensor) -> Tensor:
+        """Nearest codes less the zero point, as :func:`quantize` would choose them; returns the scale.
+
+        Args:
+            weight: float [out], one column.
+            group: its group.
+            out: where the codes less the zero point go, float [out].
+        """
+        scale = self._scales[group]
+        torch.div(weight, scale, out=out).round_()
+        if self._scheme.symmetric:
+            out.clamp_(-self._scheme.mid, self._scheme.mid - 1)
+        else:
+            torch.clamp(out, self._lows[group], self._highs[group], out=out)
+        return scale
+
+    def zero_points(self, groups: Tensor) -> Tensor | int:
+        """What turns :meth:`nearest` of columns of these groups into codes: uint8 [columns, out], or a number."""
+        return self._scheme.mid if self._scheme.symmetric else self.zero_point[groups]
+
+
 def quantize_groups(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor:
     """Round a whole weight to the nearest point of its min-max grids.
 

@@ -1,181 +1,263 @@
 """GPTQ: columns are rounded one by one, and each column's error is made up for by the columns that follow.
 
 The algorithm is GPTQ's (arXiv:2210.17323, Algorithm 1). It is computed from one triangular factor of the Hessian
-itself, never from its inverse: with H = A Aᵀ, A upper triangular, the loss of a row's errors e = w - ŵ is ‖Aᵀ e‖², and
-line i of Aᵀ e holds e_0 … e_i only. Once the columns p before a span b are fixed, the rest is free to cancel their
-part of the lines of b exactly, by
+itself, never from its inverse. Number the columns backwards, so that the first one to be fixed has the last position,
+and factor H = C D² Cᵀ with C lower-triangular and of unit diagonal. The loss of a row's errors e = w - ŵ is then
+‖D Cᵀ e‖², and line i of Cᵀ e is
 
-    w_b  ←  w_b + A_bb⁻ᵀ A_pbᵀ e_p,
+    e_i + Σ_{j>i} C_ji e_j  =  t_i - ŵ_i     with the target     t_i = w_i + Σ_{j>i} C_ji e_j,
 
-which is where GPTQ's updates leave w_b (the equivalence is shown as "GPTQ is Babai's nearest plane algorithm",
-arXiv:2507.18553). One Cholesky factorisation replaces the factorisation, inversion and second factorisation of the
-textbook form, and the lazy update between blocks is one matrix product.
+a sum over the columns j that are already fixed. Rounding t_i minimises that line; going on to i - 1 is back
+substitution, and the targets are what GPTQ's updates turn w into (the equivalence is shown as "GPTQ is Babai's nearest
+plane algorithm", arXiv:2507.18553). One Cholesky factorisation replaces the factorisation, inversion and second
+factorisation of the textbook form; the targets of a block of columns are one matrix product, and no step touches a
+column that is not about to be rounded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import HessianError, RecipeError, message
-from quantkit.grid import choose_qparams, quantize
+from quantkit.grid import Grids, choose_qparams, dequantize
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers.base import Solution
+from quantkit.solvers.factor import Factor, check_finite, factorize
+from quantkit.solvers.rtn import RTN
 from quantkit.stats import LayerStats, Stat
+
+ActOrder = Literal["none", "static", "group"]
+Fallback = Literal["none", "rtn"]
+
+_PANEL = 32  # columns within a block that are updated by one product; within a panel, by one product a column
 
 
 @dataclass(frozen=True)
 class GPTQ:
-    """GPTQ with lazy block updates; scales are chosen at the start of each group from the updated weights.
+    """GPTQ with lazy block updates.
 
     Attributes:
         damp_percent: this fraction of the mean diagonal is added to the Hessian's diagonal (0.01 is 1 %).
+        damp_limit: while the damped Hessian is not positive definite, ``damp_percent`` is multiplied by 10, up to this.
+            Each step is recorded. Equal to ``damp_percent``: no second try.
+        fallback: what becomes of a layer whose Hessian stays not positive definite, or is zero: ``none`` stops the run
+            with its name, ``rtn`` rounds it to nearest and records that.
+        act_order: the order in which columns are fixed. ``static``: by decreasing diagonal of the Hessian (ties: the
+            lower column first), with scales that were chosen beforehand from the original weights; the groups on disk
+            are contiguous. ``none``: in their order on disk, with scales chosen at the start of each group from the
+            updated weights. ``group``: by decreasing diagonal, and consecutive columns of that order form the groups,
+            with scales as in ``none``; it needs a format that stores the group of each column (g_idx).
         block_size: columns between two lazy updates. It changes the speed, not the result.
     """
 
     name: Literal["gptq"] = "gptq"
     damp_percent: float = 0.01
+    damp_limit: float = 1.0
+    fallback: Fallback = "none"
+    act_order: ActOrder = "static"
     block_size: int = 128
-    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
-    writes_g_idx: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
-        for name, kind in (("damp_percent", (int, float)), ("block_size", int)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise RecipeError(
-                    message("gptq", f"{name}={value!r} is not a number of its kind", "see recipes/w4a16-gptq.yaml")
-                )
+        _check_number(self, "damp_percent", (int, float))
+        _check_number(self, "damp_limit", (int, float))
+        _check_number(self, "block_size", int)
+        _check_word(self, "fallback", get_args(Fallback))
+        _check_word(self, "act_order", get_args(ActOrder))
         if not 0 < self.damp_percent < 1:
-            raise RecipeError(
-                message(
-                    "gptq", f"damp_percent={self.damp_percent} is out of range", "choose between 0 and 1, usually 0.01"
-                )
-            )
+            raise _refusal(self, "damp_percent", "choose between 0 and 1, usually 0.01")
+        if not self.damp_percent <= self.damp_limit <= 1:
+            raise _refusal(self, "damp_limit", f"choose between damp_percent ({self.damp_percent}) and 1")
         if self.block_size < 1:
-            raise RecipeError(
-                message("gptq", f"block_size={self.block_size} is out of range", "choose at least 1, usually 128")
-            )
+            raise _refusal(self, "block_size", "choose at least 1, usually 128")
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """See :class:`quantkit.solvers.base.Solver`."""
+        return frozenset({Stat.HESSIAN})
+
+    @property
+    def writes_g_idx(self) -> bool:
+        """See :class:`quantkit.solvers.base.Solver`."""
+        return self.act_order == "group"
 
     def solve(self, weight: Tensor, scheme: QuantScheme, stats: LayerStats | None, dtype: torch.dtype) -> Solution:
         """See :class:`quantkit.solvers.base.Solver`.
 
         Raises:
-            HessianError: no statistics, activations that are not finite or all zero, or not positive definite.
+            HessianError: no statistics, activations that are not finite; and, unless there is a fallback, all zero or
+                not positive definite.
         """
-        if stats is None:
+        if stats is None or stats.num_tokens == 0:
             raise HessianError("GPTQ needs calibration statistics, and there are none")
-        factor = reversed_factor(stats.hessian.to(weight.dtype), self.damp_percent)
-        return _Columns(weight, factor, scheme, dtype).run(self.block_size)
+        hessian = stats.hessian.to(weight.dtype)
+        check_finite(hessian)
+        positions = self._positions(hessian.diagonal())
+        try:
+            factor = factorize(hessian, positions, self.damp_percent, self.damp_limit)
+        except HessianError as error:
+            if self.fallback == "none":
+                raise
+            return _rounded_instead(weight, scheme, hessian, dtype, str(error))
+        original = weight.T.contiguous()
+        state = _Columns(original, factor, scheme, dtype)
+        if self.act_order == "static" or state.group_size == len(original):
+            state.static(original)
+        del original
+        state.run(self.block_size)
+        dead = int((hessian.diagonal() == 0).sum())
+        return state.solution(factor.notes + _dead_note(dead, weight.shape[1]), self.act_order == "group")
 
-
-def reversed_factor(hessian: Tensor, damp_percent: float) -> Tensor:
-    """Lower-triangular L such that A = L read backwards (rows and columns) is upper-triangular and
-    A Aᵀ = H + damp_percent·mean(diag H)·I; ``A⁻¹`` is GPTQ's Cholesky factor of H⁻¹.
-
-    Args:
-        hessian: float [in, in], ``2/n Σ x xᵀ`` over n tokens. Not modified; one matrix of its size is allocated.
-        damp_percent: fraction of the mean diagonal.
-
-    Raises:
-        HessianError: not finite, zero, or not positive definite after damping.
-    """
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise HessianError(
-            "the calibration activations are not finite (NaN or inf); "
-            "check the model in this dtype, or use --dtype float32"
-        )
-    damping = damp_percent * diagonal.mean()
-    if float(damping) == 0.0:
-        raise HessianError(
-            "the calibration data never activates this layer (its Hessian is zero); "
-            "use other data, or method rtn for it"
-        )
-    lower = hessian.flip(0, 1).mT  # symmetric; columns first, as LAPACK wants it, or it would work on a copy
-    lower.diagonal().add_(damping)
-    info = torch.empty((), dtype=torch.int32, device=hessian.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    if int(info) != 0:
-        raise HessianError(
-            f"the Hessian is not positive definite with damp_percent={damp_percent}; "
-            "use more calibration tokens or a larger damp_percent (0.05, 0.1)"
-        )
-    return lower
+    def _positions(self, diagonal: Tensor) -> Tensor:
+        """The column at each position; the last position is fixed first."""
+        if self.act_order == "none":
+            return torch.arange(len(diagonal) - 1, -1, -1, device=diagonal.device)
+        return torch.argsort(diagonal, descending=True, stable=True).flip(0)
 
 
 class _Columns:
-    """The state of one solve. Matrices are held transposed, [in, out], so that a column of W is contiguous."""
+    """The state of one solve. Matrices are held transposed, [in, out], a line for each position."""
 
-    def __init__(self, weight: Tensor, factor: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> None:
-        out_features, in_features = weight.shape
+    def __init__(self, weight: Tensor, factor: Factor, scheme: QuantScheme, dtype: torch.dtype) -> None:
+        in_features, out_features = weight.shape
         groups = scheme.num_groups(in_features)
-        self.weight, self.factor, self.scheme, self.dtype = weight.T.contiguous(), factor, scheme, dtype
-        self.group = scheme.columns_per_group(in_features)
-        self.error = torch.zeros_like(self.weight)  # w - ŵ of the columns that are fixed
+        self.factor, self.scheme = factor, scheme
+        self.group_size = scheme.columns_per_group(in_features)
+        self.weight = weight.index_select(0, factor.positions)
+        self.error = torch.zeros_like(self.weight)  # w - ŵ of the columns that are fixed, and 0
         self.codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
-        self.scale = torch.empty(groups, out_features, dtype=dtype, device=weight.device)
-        self.zero_point = torch.empty(groups, out_features, dtype=torch.uint8, device=weight.device)
+        self.grids = Grids.empty(groups, out_features, scheme, dtype, weight.dtype, weight.device)
         self.loss = torch.zeros(out_features, dtype=torch.float64, device=weight.device)
+        # Groups of consecutive positions, the last positions first, unless static() says otherwise.
+        self.group = torch.arange(in_features - 1, -1, -1, device=weight.device) // self.group_size
+        self.dynamic = True
 
-    def run(self, block_size: int) -> Solution:
-        in_features = self.weight.shape[0]
-        # A span holds whole groups, or is one group wider than a block: its scale is then chosen before its blocks.
-        span = max(block_size // self.group, 1) * self.group
-        for start in range(0, in_features, span):
-            stop = min(start + span, in_features)
-            if self.group > block_size:
-                self.choose(start, self.updated(start, stop))
-            for first in range(start, stop, block_size):
-                last = min(first + block_size, stop)
-                self.fix(first, self.updated(first, last))
+    def static(self, original: Tensor) -> None:
+        """Fix all scales and zero points from the weights [in, out] as they lie on disk, group by group."""
+        columns = original.unflatten(0, (-1, self.group_size)).mT
+        self.grids[:] = choose_qparams(columns, self.scheme, self.grids.scale.dtype)
+        self.group = self.factor.positions // self.group_size
+        self.dynamic = False
+
+    def run(self, block_size: int) -> None:
+        """Fix all columns, span by span."""
+        spans = self.spans(block_size)
+        groups = self.group.tolist()
+        for last in range(len(groups), 0, -spans[0]):
+            first = max(last - spans[0], 0)
+            unit = self.factor.unit[last:, first:last]
+            targets = torch.addmm(self.weight[first:last], unit.T, self.error[last:])
+            self.fix(first, last, targets, spans, groups)
+
+    def spans(self, block_size: int) -> tuple[int, ...]:
+        """Numbers of columns that are fixed between two updates, from the outermost to the innermost.
+
+        Where scales are chosen on the way, one of them is a group, and no span cuts a group of those inside.
+        """
+        group, panel = self.group_size, min(_PANEL, block_size)
+        if not self.dynamic:
+            return (block_size, panel)
+        if group >= block_size:
+            return (group, block_size, panel)
+        if group > panel:
+            return (block_size // group * group, group, panel)
+        return (block_size // group * group, panel // group * group, group)
+
+    def fix(self, first: int, last: int, targets: Tensor, spans: tuple[int, ...], groups: list[int]) -> None:
+        """Round the columns at these positions.
+
+        Args:
+            first, last: the positions.
+            targets: [last - first, out], as far as the positions from ``last`` on decide them; overwritten.
+            spans: the first is at least last - first.
+            groups: of each position.
+        """
+        if self.dynamic and spans[0] == self.group_size:
+            self.grids[groups[first]] = choose_qparams(
+                self.made_up(first, last, targets).T, self.scheme, self.grids.scale.dtype
+            )
+        if len(spans) == 1:
+            self.round(first, last, targets, groups[first:last])
+            return
+        for stop in range(last, first, -spans[1]):
+            start = max(stop - spans[1], first)
+            inner = targets[start - first : stop - first]
+            if stop < last:
+                inner.addmm_(self.factor.unit[stop:last, start:stop].T, self.error[stop:last])
+            self.fix(start, stop, inner, spans[1:], groups)
+
+    def made_up(self, first: int, last: int, targets: Tensor) -> Tensor:
+        """These columns where GPTQ's updates leave them: they would cancel all errors that were made so far."""
+        weight, unit = self.weight[first:last], self.factor.unit[first:last, first:last]
+        moved: Tensor = torch.linalg.solve_triangular(unit.T, targets - weight, upper=True, unitriangular=True)
+        return moved.add_(weight)
+
+    def round(self, first: int, last: int, targets: Tensor, groups: list[int]) -> None:
+        """Round the columns of the innermost span one after the other (Algorithm 1, the inner loop).
+
+        Errors are 0 until they are made, so that one product with all of the span's errors serves every column.
+        """
+        unit, errors = self.factor.unit[first:last, first:last], self.error[first:last]
+        levels = torch.empty_like(targets)
+        matrices = (targets, self.weight[first:last], levels, errors, unit.T)
+        lines = zip(*(matrix.unbind() for matrix in matrices), groups, strict=True)
+        for target, weight, level, error, column, group in reversed(list(lines)):
+            target.addmv_(errors.T, column)
+            scale = self.grids.nearest(target, group, out=level)
+            torch.addcmul(weight, level, scale, value=-1, out=error)
+        self.codes[first:last] = levels.add_(self.grids.zero_points(self.group[first:last]))
+        residuals = targets.sub_(self.weight[first:last]).add_(errors).mul_(self.factor.diagonal[first:last, None])
+        self.loss += residuals.double().square_().sum(0)
+
+    def solution(self, notes: tuple[str, ...], reordered: bool) -> Solution:
+        """What was solved, in the order on disk."""
+        codes = torch.empty_like(self.codes)
+        codes[self.factor.positions] = self.codes
+        g_idx = None
+        if reordered and self.group_size < len(codes):
+            g_idx = torch.empty(len(codes), dtype=torch.int32, device=codes.device)
+            g_idx[self.factor.positions] = self.group.to(torch.int32)
         q = QuantizedTensor(
-            self.codes.T.contiguous(), self.scale.T.contiguous(), self.zero_point.T.contiguous(), self.scheme
+            codes.T.contiguous(),
+            self.grids.scale.T.contiguous(),
+            self.grids.zero_point.T.contiguous(),
+            self.scheme,
+            g_idx,
         )
-        return Solution(q, self.loss)
+        return Solution(q, self.loss, notes)
 
-    def updated(self, start: int, stop: int) -> Tensor:
-        """Columns start:stop after the updates of all columns before ``start``: w_b + A_bb⁻ᵀ A_pbᵀ e_p."""
-        own = self.weight[start:stop]
-        if start == 0:
-            return own.clone()
-        before = self.part(0, start, start, stop).T @ self.error[:start]
-        own_factor = self.part(start, stop, start, stop)
-        made_up: Tensor = torch.linalg.solve_triangular(own_factor.T, before, upper=False)
-        return own + made_up
 
-    def part(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """A[top:bottom, left:right], from the factor that is held backwards."""
-        size = self.factor.shape[0]
-        return self.factor[size - bottom : size - top, size - right : size - left].flip(0, 1)
+def _rounded_instead(weight: Tensor, scheme: QuantScheme, hessian: Tensor, dtype: torch.dtype, reason: str) -> Solution:
+    """The fallback: nearest codes; the loss is that of the Hessian without damping."""
+    q = RTN().solve(weight, scheme, None, dtype).weight
+    error = dequantize(q, weight.dtype).sub_(weight)
+    loss = (error @ hessian).mul_(error).sum(1, dtype=torch.float64).clamp_(min=0)
+    return Solution(q, loss, (f"fallback: rounded to nearest, because {reason}",))
 
-    def choose(self, start: int, columns: Tensor) -> None:
-        """Fix scale and zero point of the group whose updated columns [group, out] these are."""
-        group = start // self.group
-        self.scale[group], self.zero_point[group] = choose_qparams(columns.T, self.scheme, self.dtype)
 
-    def fix(self, start: int, columns: Tensor) -> None:
-        """Round these updated columns [b, out] one after the other (Algorithm 1, the inner loop)."""
-        size = columns.shape[0]
-        block = self.part(start, start + size, start, start + size)
-        eye = torch.eye(size, dtype=block.dtype, device=block.device)
-        inverse = torch.linalg.solve_triangular(block, eye, upper=True)  # rows of GPTQ's U within the block
-        steps = inverse / inverse.diagonal()[:, None]
-        residuals = torch.empty_like(columns)
-        for i in range(size):
-            group, inside = divmod(start + i, self.group)
-            if inside == 0 and self.group <= size:
-                self.choose(start + i, columns[i : i + self.group])
-            scale, zero_point = self.scale[group].to(columns.dtype), self.zero_point[group]
-            codes = quantize(columns[i], scale, zero_point, self.scheme)
-            fixed = (codes - zero_point) * scale
-            self.codes[start + i] = codes.to(torch.uint8)
-            self.error[start + i] = self.weight[start + i] - fixed
-            torch.sub(columns[i], fixed, out=residuals[i])
-            columns[i + 1 :].addr_(steps[i, i + 1 :], residuals[i], alpha=-1)
-        self.loss += (residuals * block.diagonal()[:, None]).double().square_().sum(0)
+def _dead_note(dead: int, columns: int) -> tuple[str, ...]:
+    if dead == 0:
+        return ()
+    return (f"{dead} of {columns} input channels were never active: their weights are rounded to nearest",)
+
+
+def _check_number(solver: GPTQ, name: str, kind: type | tuple[type, ...]) -> None:
+    value = getattr(solver, name)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise RecipeError(
+            message("gptq", f"{name}={value!r} is not a number of its kind", "see recipes/w4a16-gptq.yaml")
+        )
+
+
+def _check_word(solver: GPTQ, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(solver, name) not in allowed:
+        raise _refusal(solver, name, f"choose {' or '.join(allowed)}", "is not one of its words")
+
+
+def _refusal(solver: GPTQ, name: str, fix: str, what: str = "is out of range") -> RecipeError:
+    return RecipeError(message("gptq", f"{name}={getattr(solver, name)!r} {what}", fix))
