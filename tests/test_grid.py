@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.grid import choose_qparams, dequantize, quantize, quantize_groups
+from quantkit.grid import Grids, choose_qparams, dequantize, quantize, quantize_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -257,3 +257,28 @@ def test_the_weight_is_not_changed() -> None:
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(SchemeError, match=r"in_features=96.*group_size=64"):
         quantize_groups(torch.zeros(2, 96), QuantScheme(4, 64), torch.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_solvers_grids_round_like_quantize(bits: int, symmetric: bool) -> None:
+    """Column by column, with grids that are set one group at a time and all at once, and negative scales."""
+    scheme = QuantScheme(bits, 8, symmetric=symmetric)
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    scale, zero_point = choose_qparams(weight.reshape(5, 3, 8).transpose(0, 1), scheme, torch.bfloat16)
+    scale[1] = -scale[1]
+    expected = torch.stack([quantize(weight[:, j], scale[j // 8], zero_point[j // 8], scheme) for j in range(24)])
+    for at_once in (True, False):
+        grids = Grids.empty(3, 5, scheme, torch.bfloat16, torch.float64, torch.device("cpu"))
+        if at_once:
+            grids[:] = scale, zero_point
+        else:
+            for group in (2, 0, 1):
+                grids[group] = scale[group], zero_point[group]
+        found = torch.empty(24, 5, dtype=torch.float64)
+        for column in range(24):
+            used = grids.nearest(weight[:, column], column // 8, out=found[column])
+            assert torch.equal(used, scale[column // 8].double())
+        assert torch.equal(found + grids.zero_points(torch.arange(24) // 8), expected)
+        assert torch.equal(grids.scale, scale)
+        assert torch.equal(grids.zero_point, zero_point)

@@ -34,6 +34,13 @@ def test_skipped_layers_are_named(tiny: Callable[[str], Path]) -> None:
     check_complete(plan.skeleton, plan.checkpoint)
 
 
+def test_reordered_groups_are_refused_where_the_format_does_not_hold_them(tiny: Callable[[str], Path]) -> None:
+    """Before any work, with the first layer that would have them."""
+    recipe = make_recipe({"scheme": "w4a16_g32", "method": {"name": "gptq", "act_order": "group"}})
+    with pytest.raises(quantkit.RecipeError, match=r"q_proj: format compressed-tensors .*act_order: static"):
+        make_plan(Checkpoint(tiny("llama")), recipe)
+
+
 def test_nothing_left(tiny: Callable[[str], Path]) -> None:
     recipe = make_recipe({"scheme": "w4a16_g32", "rules": [{"match": "*", "skip": True}]})
     with pytest.raises(quantkit.RecipeError, match="nothing is left"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from quantkit.grid import dequantize, quantize, quantize_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers import GPTQ, RTN
+from quantkit.solvers.gptq import ActOrder
 from quantkit.stats import LayerStats, Stat
 
 F64 = torch.float64
-ACT_ORDERS = ("none", "static", "group")
+ACT_ORDERS: tuple[ActOrder, ...] = ("none", "static", "group")
 BLOCK_SIZES = (1, 7, 32, 128, 500)
 
 
@@ -136,7 +137,7 @@ def test_with_a_diagonal_hessian_gptq_is_rtn(
     for group_size in (None, 32, 80):
         scheme = QuantScheme(bits, group_size, symmetric=symmetric)
         expected = RTN().solve(weight, scheme, None, dtype).weight
-        for block_size, act_order in ((7, "none"), (128, "none"), (7, "static"), (128, "static")):
+        for block_size, act_order in itertools.product((7, 128), ACT_ORDERS[:2]):
             solver = GPTQ(block_size=block_size, act_order=act_order)
             assert_equal(solver.solve(weight, scheme, stats, dtype).weight, expected)
 
@@ -146,7 +147,7 @@ def test_with_a_diagonal_hessian_gptq_is_rtn(
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group_size", [1, 8, 20, 32, 80, 160, None])
 def test_gptq_is_the_textbook_algorithm(
-    group_size: int | None, bits: int, symmetric: bool, act_order: Literal["none", "static", "group"]
+    group_size: int | None, bits: int, symmetric: bool, act_order: ActOrder
 ) -> None:
     """Groups narrower and wider than the blocks, one per channel, and 160 columns that 128 and 32·3 do not divide."""
     scheme = QuantScheme(bits, group_size, symmetric=symmetric)
@@ -186,7 +187,7 @@ def test_gptq_is_the_textbook_algorithm_in_any_shape(
     bits: int,
     symmetric: bool,
     damp_percent: float,
-    act_order: Literal["none", "static", "group"],
+    act_order: ActOrder,
 ) -> None:
     scheme = QuantScheme(bits, columns, symmetric=symmetric)
     weight, stats = randn(seed, 3, columns * groups), correlated(seed + 1, columns * groups)
@@ -199,7 +200,7 @@ def test_gptq_is_the_textbook_algorithm_in_any_shape(
 
 
 @pytest.mark.parametrize("act_order", ["static", "group"])
-def test_with_act_order_the_order_of_the_columns_does_not_matter(act_order: Literal["static", "group"]) -> None:
+def test_with_act_order_the_order_of_the_columns_does_not_matter(act_order: ActOrder) -> None:
     """Per channel, and for ``group`` with groups too: permuted inputs give the permuted result."""
     weight, x = randn(30, 5, 64), correlated(31, 64).hessian.double()
     place = torch.randperm(64, generator=torch.Generator().manual_seed(32))
@@ -280,7 +281,7 @@ def test_gptq_against_exhaustive_search(seed: int, columns: int, symmetric: bool
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**20), st.integers(2, 5), st.booleans(), st.integers(1, 40), st.sampled_from(["none", "static"]))
 def test_no_other_code_of_the_last_column_is_better(
-    seed: int, bits: int, symmetric: bool, block_size: int, act_order: Literal["none", "static"]
+    seed: int, bits: int, symmetric: bool, block_size: int, act_order: ActOrder
 ) -> None:
     """When the last column is rounded (with act-order that of the smallest diagonal) all else is fixed, so its code
     is the best one there is.
@@ -383,9 +384,7 @@ def test_columns_that_never_were_active() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", ACT_ORDERS)
-def test_a_single_token_zero_rows_and_constant_columns(
-    act_order: Literal["none", "static", "group"], symmetric: bool
-) -> None:
+def test_a_single_token_zero_rows_and_constant_columns(act_order: ActOrder, symmetric: bool) -> None:
     """A Hessian of rank one, held up by its damping alone."""
     x, weight = torch.ones(1, 32), randn(44, 4, 32)
     weight[1] = 0
