@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 QUANTKIT = (sys.executable, "-m", "quantkit")
+_EVERY = 0.005  # seconds between two looks at a running process
 _PACKAGES = ("quantkit", "torch", "transformers", "safetensors")
 
 
@@ -34,7 +35,10 @@ class Usage:
         output: what it printed on both streams.
         cpu_seconds: user and system time, of all its threads.
         wall_seconds: from start to end.
-        peak_bytes: the most memory that was resident at a time, mapped files counted (ru_maxrss).
+        peak_bytes: the most memory that was resident at a time, mapped files counted (ru_maxrss). How much of torch's
+            libraries is mapped at a time is the kernel's choice: the same command twice differed by 115 MB.
+        peak_own_bytes: the most memory of its own (RssAnon: heap, stacks, anonymous mappings; no mapped files), seen
+            every 5 ms, which may miss a shorter peak.
     """
 
     exit_code: int
@@ -42,6 +46,7 @@ class Usage:
     cpu_seconds: float
     wall_seconds: float
     peak_bytes: int
+    peak_own_bytes: int
 
 
 def measure(command: Sequence[str], data_limit: int | None = None) -> Usage:
@@ -60,12 +65,25 @@ def measure(command: Sequence[str], data_limit: int | None = None) -> Usage:
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit)
-        _, status, used = os.wait4(process.pid, 0)
+        own = 0
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            own = max(own, _own_bytes(process.pid))
+            time.sleep(_EVERY)
+        _, status, used = ended
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read().decode(errors="replace")
-    return Usage(process.returncode, text, used.ru_utime + used.ru_stime, wall, used.ru_maxrss * 1024)
+    return Usage(process.returncode, text, used.ru_utime + used.ru_stime, wall, used.ru_maxrss * 1024, own)
+
+
+def _own_bytes(pid: int) -> int:
+    """Resident memory that no file stands behind; 0 for a process that has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def measure_success(command: Sequence[str], data_limit: int | None = None) -> Usage:
@@ -77,10 +95,10 @@ def measure_success(command: Sequence[str], data_limit: int | None = None) -> Us
     return usage
 
 
-def baseline() -> int:
-    """Peak resident bytes of an interpreter that imports what every quantkit run imports, and does nothing."""
+def baseline() -> Usage:
+    """An interpreter that imports what every quantkit run imports, and does nothing."""
     imports = "import torch, quantkit.run; from transformers import AutoTokenizer, LlamaForCausalLM"
-    return measure_success((sys.executable, "-c", imports)).peak_bytes
+    return measure_success((sys.executable, "-c", imports))
 
 
 def shown(command: Sequence[str]) -> str:

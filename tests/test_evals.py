@@ -130,10 +130,13 @@ def test_a_random_model_of_impossible_sizes_is_refused() -> None:
 
 def test_measure_sees_memory_time_output_and_the_exit_code() -> None:
     small = measured(sys.executable, "-c", "print('small')")
-    large = measured(sys.executable, "-c", "x = b'x' * 200_000_000; print('large'); raise SystemExit(3)")
+    code = "import time; x = b'x' * 200_000_000; print('large'); time.sleep(0.2); raise SystemExit(3)"
+    large = measured(sys.executable, "-c", code)
     assert (small["exit_code"], small["output"]) == (0, "small\n")
     assert (large["exit_code"], large["output"]) == (3, "large\n")
     assert large["peak_bytes"] - small["peak_bytes"] == pytest.approx(200e6, rel=0.1)
+    if sys.platform == "linux":
+        assert 200e6 < large["peak_own_bytes"] < large["peak_bytes"]
     assert 0 < small["cpu_seconds"] < 10
 
 

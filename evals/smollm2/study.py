@@ -31,7 +31,7 @@ RUNS = {
 
 def main() -> None:
     args = parse_arguments()
-    results: dict[str, Any] = {"surroundings": surroundings(), "baseline_bytes": baseline(), "runs": {}}
+    results: dict[str, Any] = {"surroundings": surroundings(), "baseline_bytes": baseline().peak_bytes, "runs": {}}
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         calibration, evaluation = halves(args.text, Path(directory))
         outputs = {name: Path(directory) / name for name in RUNS}
