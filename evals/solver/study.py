@@ -1,0 +1,169 @@
+"""GPTQ's solver alone: quantkit, llm-compressor and GPTQModel on the same weights and Hessians, on one thread.
+
+    cd evals && python -m solver.study --peers PEERS [--shape 576x576 ...] [--repeats 3]
+
+Each program is a process of its own that stays, in its own environment, and is asked in turn, so that what else the
+machine does meets all of them alike. The loss tr(dW H dWᵀ) is computed here, in float64, from what each returns, and
+stands beside the time: a fast solver that does not solve is no solver. Times are CPU seconds, medians over the repeats,
+after one that does not count. Writes results.json and the results in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import about, surroundings
+from safetensors.torch import load_file
+from table import markdown, replace_results
+from torch import Tensor
+
+from solver.problem import write_problem
+
+HERE = Path(__file__).resolve().parent
+RESULTS, README = HERE / "results.json", HERE / "README.md"
+MB = 1e6
+SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")  # out x in
+PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel"}
+OPTIONS = {
+    "static": "act-order, static groups",
+    "natural": "columns in their order",
+    "group-aware": "group-aware order, its default",
+}
+ASKED = (  # who is asked for what; llm-compressor has static groups in either order
+    ("quantkit", "static"),
+    ("llmcompressor", "static"),
+    ("gptqmodel", "static"),
+    ("gptqmodel", "group-aware"),
+    ("quantkit", "natural"),
+    ("llmcompressor", "natural"),
+    ("gptqmodel", "natural"),
+)
+_LARGE = 4096 * 4096  # weights from which on one repeat, and one that does not count, must do
+SCHEME = {"bits": 4, "symmetric": True, "group_size": 64}
+
+
+class Worker:
+    """A program that solves what it is asked."""
+
+    def __init__(self, program: str, peers: Path) -> None:
+        python = sys.executable if program == "quantkit" else str(peers / program / "bin" / "python")
+        self.process = subprocess.Popen(
+            [python, str(HERE / "workers" / f"{program}_solve.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def ask(self, problem: Path, options: str, output: Path) -> dict[str, Any]:
+        request = {"problem": str(problem), "options": options, "output": str(output), **SCHEME}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.process.args} ended with exit code {self.process.wait()} at {request}")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+@contextmanager
+def workers(programs: list[str], peers: Path) -> Iterator[dict[str, Worker]]:
+    with ExitStack() as stack:
+        found = {program: Worker(program, peers) for program in programs}
+        for worker in found.values():
+            stack.callback(worker.process.kill)
+        yield found
+
+
+def main() -> None:
+    args = parse_arguments()
+    programs = ["quantkit", *(p for p in PEERS if (args.peers / p / "bin" / "python").exists())]
+    asked = [(p, o) for p, o in ASKED if p in programs and o in args.options]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"shapes": {}}
+    results["surroundings"] = surroundings()
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory, workers(programs, args.peers) as running:
+        for shape in args.shape:
+            results["shapes"][shape] = one_shape(shape, asked, running, args.repeats, Path(directory))
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    replace_results(README, render(results))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="GPTQ's solver alone, against the peers'.")
+    parser.add_argument("--peers", type=Path, required=True, help="directory with the peers' environments")
+    parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in")
+    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where problems and solutions go for a while (1 GB)")
+    return parser.parse_args()
+
+
+def one_shape(
+    shape: str, asked: list[tuple[str, str]], running: dict[str, Worker], repeats: int, directory: Path
+) -> dict[str, Any]:
+    """Losses and times of all programs on one problem, asked in turn."""
+    rows, columns = map(int, shape.split("x"))
+    problem, output = directory / "problem.safetensors", directory / "solved.safetensors"
+    write_problem(problem, rows, columns)
+    tensors = load_file(problem)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    losses: dict[str, float] = {}
+    for _ in range(1 + (repeats if rows * columns < _LARGE else 1)):
+        for program, options in asked:
+            key = f"{program}/{options}"
+            answers.setdefault(key, []).append(running[program].ask(problem, options, output))
+            if key not in losses:
+                losses[key] = loss(tensors["weight"], load_file(output)["weight"], tensors["hessian"])
+            print(f"{shape} {key}: {answers[key][-1]['cpu_seconds']:.3f} s, loss {losses[key]:.6g}", flush=True)
+    problem.unlink()
+    return {key: {"loss": losses[key], **_medians(found[1:])} for key, found in answers.items()}
+
+
+def loss(weight: Tensor, solved: Tensor, hessian: Tensor, at_a_time: int = 512) -> float:
+    """tr(dW H dWᵀ), summed over ``at_a_time`` rows in float64, H in float32 where it is large."""
+    total = 0.0
+    for start in range(0, len(weight), at_a_time):
+        error = (weight[start : start + at_a_time].double() - solved[start : start + at_a_time].double()).float()
+        total += float((error @ hessian * error).double().sum())
+    return total
+
+
+def _medians(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "cpu_seconds": statistics.median(answer["cpu_seconds"] for answer in found),
+        "all_cpu_seconds": [answer["cpu_seconds"] for answer in found],
+        "peak_bytes": max(answer["peak_bytes"] for answer in found),
+    }
+
+
+def render(results: dict[str, Any]) -> str:
+    """What README.md says of the results, in Markdown."""
+    heading = ["out x in, order", "program", "loss, quantkit's = 1", "CPU time", "against quantkit's"]
+    body = []
+    for shape, found in results["shapes"].items():
+        for key, value in found.items():
+            program, options = key.split("/")
+            own = found.get(f"quantkit/{options}", found.get("quantkit/static"))
+            row = [f"{shape}, {OPTIONS[options]}", PEERS.get(program, program)]
+            row += [f"{value['loss'] / own['loss']:.4f}", f"{value['cpu_seconds']:.3f} s"]
+            body.append([*row, f"{value['cpu_seconds'] / own['cpu_seconds']:.2f}"])
+    return f"{markdown(heading, body)}\n{about(results['surroundings'])}\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

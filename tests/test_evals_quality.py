@@ -1,0 +1,155 @@
+"""The comparison with the peers: checkpoints decoded by an independent decoder, the solver's problems and losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import quantkit
+
+EVALS = Path(__file__).resolve().parent.parent / "evals"
+
+
+@pytest.fixture(autouse=True)
+def evals_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EVALS))
+
+
+def words(*hexadecimal: str) -> Tensor:
+    """int32 [1, n] of words as FORMATS.md prints them."""
+    unsigned = torch.tensor([[int(word, 16) for word in hexadecimal]], dtype=torch.int64)
+    return (unsigned - (unsigned >= 2**31) * 2**32).int()
+
+
+@pytest.mark.parametrize(
+    ("bits", "stored"),
+    [
+        (4, ("52fc9630", "da741eb8")),
+        (3, ("98abc398", "c398abc3", "abc398ab")),
+        (8, ("09060300", "15120f0c", "211e1b18")),
+    ],
+)
+def test_unpack_reads_the_golden_words(bits: int, stored: tuple[str, ...]) -> None:
+    from quality.dense import unpack
+
+    count = len(stored) * 32 // bits
+    assert unpack(words(*stored), bits, count)[0].tolist() == [3 * k % 2**bits for k in range(count)]
+
+
+def test_zero_points_of_gptq_wrap_field_by_field() -> None:
+    from quality.dense import decode_gptq
+
+    parts = {
+        "qweight": torch.zeros(1, 8, dtype=torch.int32),  # 8 inputs, 8 outputs, codes of 0
+        "qzeros": words("6543210f"),  # v1 of zero points 0 to 7
+        "scales": torch.full((1, 8), 0.5, dtype=torch.float16),
+    }
+    first = [-0.5 * zero for zero in range(8)]
+    assert decode_gptq(parts, 4, 8, zero_shift=1)[:, 0].tolist() == first
+    parts["qzeros"] = words("76543210")  # v2
+    assert decode_gptq(parts, 4, 8, zero_shift=0)[:, 0].tolist() == first
+
+
+def test_the_groups_of_gptq_columns_may_be_reordered() -> None:
+    from quality.dense import decode_gptq
+
+    parts = {
+        "qweight": torch.full((1, 8), 0x11111111, dtype=torch.int32),
+        "qzeros": torch.zeros(2, 1, dtype=torch.int32),
+        "scales": torch.tensor([[1.0] * 8, [2.0] * 8], dtype=torch.float16),
+        "g_idx": torch.tensor([1, 0, 0, 1, 1, 0, 0, 1], dtype=torch.int32),
+    }
+    assert decode_gptq(parts, 4, 4, zero_shift=0)[0].tolist() == [2, 1, 1, 2, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32_sym", "w4a16_g32_asym", "w3a16_g32_asym", "w8a16_channel_sym"])
+def test_the_dense_twin_computes_what_quantkit_computes(tmp_path: Path, scheme: str) -> None:
+    from quality.dense import write_dense
+
+    model = save_tiny("llama", tmp_path / "model")
+    quantkit.quantize(model, tmp_path / "quantized", recipe={"scheme": scheme, "method": "rtn"})
+    assert write_dense(tmp_path / "quantized", model, tmp_path / "dense") == 3 * 7
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").double()(tokens).logits
+        wanted = quantkit.load(tmp_path / "quantized", dtype="float32")(tokens).logits
+        before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits
+    # quantkit's float32 forward against the twin's in float64: rounding, far below what quantizing changed.
+    assert (found - wanted).abs().max() < 1e-3 * (before - wanted).abs().max()
+
+
+def test_a_layout_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    from quality.dense import write_dense
+
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "new"}}))
+    save_file({"a.qweight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="'new'"):
+        write_dense(tmp_path, tmp_path, tmp_path / "out")
+    save_file({"a.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="no quantized layer"):
+        write_dense(tmp_path, tmp_path, tmp_path / "out")
+
+
+def test_every_run_is_one_that_its_driver_knows() -> None:
+    from quality.study import PEERS, RUNS, driver
+
+    assert len({run.key for run in RUNS}) == len(RUNS)
+    usage = {}
+    for program in PEERS:
+        run = next(run for run in RUNS if run.program == program)
+        done = subprocess.run([sys.executable, str(driver(run)), "--help"], capture_output=True, text=True, check=True)
+        usage[program] = done.stdout.replace("\n", " ")
+    for run in RUNS:
+        if run.program in PEERS:
+            assert f"{run.recipe}," in usage[run.program] or f"{run.recipe}}}" in usage[run.program], run
+            assert run.scheme in usage[run.program], run
+
+
+def test_a_problem_is_drawn_from_its_seed_and_is_one_that_gptq_can_gain_on(tmp_path: Path) -> None:
+    from solver.problem import write_problem
+    from solver.study import loss
+
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_problem(tmp_path / name, 32, 64, seed)
+    first, again, other = (load_file(tmp_path / name) for name in "abc")
+    assert torch.equal(first["weight"], again["weight"])
+    assert torch.equal(first["hessian"], again["hessian"])
+    assert not torch.equal(first["hessian"], other["hessian"])
+    assert torch.equal(first["hessian"], first["hessian"].T)
+    assert torch.linalg.eigvalsh(first["hessian"].double()).min() > 0
+
+    error = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.trace(error.double() @ first["hessian"].double() @ error.double().T)
+    for at_a_time in (7, 512):
+        found = loss(first["weight"], first["weight"] - error, first["hessian"], at_a_time)
+        assert found == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_worker_answers_what_it_is_asked(tmp_path: Path) -> None:
+    from solver.problem import write_problem
+    from solver.study import Worker, loss
+
+    problem = tmp_path / "problem.safetensors"
+    write_problem(problem, 32, 128)
+    tensors = load_file(problem)
+    worker = Worker("quantkit", tmp_path)
+    losses: dict[str, float] = {}
+    try:
+        for options in ("natural", "static"):
+            answer: dict[str, Any] = worker.ask(problem, options, tmp_path / "solved")
+            assert answer["cpu_seconds"] > 0
+            assert answer["peak_bytes"] > 1e6
+            losses[options] = loss(tensors["weight"], load_file(tmp_path / "solved")["weight"], tensors["hessian"])
+    finally:
+        worker.process.kill()
+    assert 0 < losses["static"] < losses["natural"]
