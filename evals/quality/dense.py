@@ -114,7 +114,8 @@ def decode_gptq(parts: dict[str, Tensor], bits: int, group_size: int, zero_shift
     codes = unpack(parts["qweight"].T, bits, columns).T.float()  # [in, out]
     zero = ((unpack(parts["qzeros"], bits, scale.shape[1]) + zero_shift) & (2**bits - 1)).float()
     group_of = parts.get("g_idx", torch.arange(columns) // group_size).long()
-    return ((codes - zero[group_of]) * scale[group_of]).T
+    weight: Tensor = (codes - zero[group_of]) * scale[group_of]
+    return weight.T
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 from solver.problem import write_problem
 
 HERE = Path(__file__).resolve().parent
+EVALS = HERE.parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 MB = 1e6
 SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")  # out x in
@@ -58,24 +59,29 @@ class Worker:
 
     def __init__(self, program: str, peers: Path) -> None:
         python = sys.executable if program == "quantkit" else str(peers / program / "bin" / "python")
+        self.program = program
+        paths = [str(EVALS), *([os.environ.get("PYTHONPATH", "")] if program == "quantkit" else [])]
+        read, write = os.pipe()
+        self.answers = os.fdopen(read)
         self.process = subprocess.Popen(
-            [python, str(HERE / "workers" / f"{program}_solve.py")],
+            [python, str(HERE / "workers" / f"{program}_solve.py"), str(write)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            pass_fds=(write,),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
             text=True,
         )
+        os.close(write)
 
     def ask(self, problem: Path, options: str, output: Path) -> dict[str, Any]:
         request = {"problem": str(problem), "options": options, "output": str(output), **SCHEME}
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        answer = self.answers.readline()
         if not answer:
-            sys.exit(f"{self.process.args} ended with exit code {self.process.wait()} at {request}")
+            sys.exit(f"{self.program}: its worker ended with exit code {self.process.wait()} at {request}")
         found: dict[str, Any] = json.loads(answer)
         return found
 

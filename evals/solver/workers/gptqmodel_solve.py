@@ -10,8 +10,9 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 import torch
 from gptqmodel import QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
-from protocol import serve
 from torch import Tensor, nn
+
+from solver.workers.protocol import serve
 
 _SAMPLES = 2  # it multiplies the sum of XXᵀ by 2 / samples: with 2, the Hessian stays as it is given
 
@@ -37,8 +38,8 @@ def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
     solver._device_hessian_partials = {torch.device("cpu"): hessian}
     solver._device_sample_counts = {torch.device("cpu"): _SAMPLES}
     solver._hessian_dirty = True
-    found, *_ = solver.quantize(blocksize=128)
-    return found
+    solved: Tensor = solver.quantize(blocksize=128)[0]
+    return solved
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-from protocol import serve
 from torch import Tensor
+
+from solver.workers.protocol import serve
 
 
 def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
@@ -27,7 +28,8 @@ def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
     found, _, fallback = quantize_weight(weight[None], hessian[None], scale[None], zero[None], None, args)
     if fallback.any():
         raise SystemExit("llm-compressor fell back to round-to-nearest")
-    return found[0]
+    solved: Tensor = found[0]
+    return solved
 
 
 if __name__ == "__main__":

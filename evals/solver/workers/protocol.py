@@ -1,5 +1,8 @@
 """How a worker of the solver study talks: a line of JSON in for each solve, a line of JSON out.
 
+Requests come from the standard input. Answers go to the file descriptor that the command line names, since programs
+print what they like on the standard output, when they are imported already.
+
 In:  {"problem": FILE, "bits": 4, "symmetric": true, "group_size": 64, "options": NAME, "output": FILE}
 Out: {"cpu_seconds": ..., "wall_seconds": ..., "peak_bytes": ...}
 
@@ -29,8 +32,7 @@ Solve = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 def serve(solve: Solve) -> None:
     """Answer requests until the input ends."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the program prints is no answer
+    answers = os.fdopen(int(sys.argv[1]), "w")
     for line in sys.stdin:
         request = json.loads(line)
         tensors = load_file(request["problem"])

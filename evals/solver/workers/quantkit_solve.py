@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from protocol import serve
 from torch import Tensor
 
 from quantkit import GPTQ, QuantScheme
 from quantkit.grid import dequantize
 from quantkit.stats import LayerStats
+from solver.workers.protocol import serve
 
 _ORDERS: dict[str, Any] = {"static": "static", "natural": "none"}
 
