@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 # Layers that read the same input. Serving engines fuse them into one matrix (vLLM's packed_modules_mapping), so that
 # they must share one scheme there; quantkit solves them as one.
-FUSED_GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+)
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,6 +65,16 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A matrix within a tensor of stacked matrices: ``tensor[index, start:stop]``."""
+
+    tensor: str
+    index: int
+    start: int
+    stop: int
+
+
 class Checkpoint:
     """A model directory: its config and the headers of its tensors; the tensors themselves are read on demand.
 
@@ -80,6 +91,29 @@ class Checkpoint:
         self.path = path
         self.config = read_json(path / CONFIG, missing="a model directory holds config.json and *.safetensors files")
         self.tensors = dict(sorted(_read_headers(path).items()))
+        self._slices: dict[str, Slice] = {}
+
+    def split(self, slices: Mapping[str, Slice]) -> Checkpoint:
+        """The same directory with stacked tensors taken apart: they are gone from ``tensors``, their slices are there.
+
+        Args:
+            slices: name -> slice; together they cover every tensor that they are of. A name must not be in use.
+
+        Raises:
+            CheckpointError: a name that is another tensor's.
+        """
+        stacked = {part.tensor for part in slices.values()}
+        parts = {}
+        for name, part in slices.items():
+            if name in self.tensors:
+                raise CheckpointError(message(str(self.path), f"{name} and {part.tensor} are both there", "keep one"))
+            whole = self.tensors[part.tensor]
+            parts[name] = TensorInfo(whole.file, whole.dtype, (part.stop - part.start, *whole.shape[2:]))
+        view = copy(self)
+        kept = {name: info for name, info in self.tensors.items() if name not in stacked}
+        view.tensors = dict(sorted({**kept, **parts}.items()))
+        view._slices = {**self._slices, **slices}
+        return view
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -118,10 +152,16 @@ class Checkpoint:
         for file, members in by_file.items():
             with _opened(self.path / file) as handle:
                 for name in members:
-                    tensor = handle.get_tensor(name).clone()
+                    tensor = self._tensor(handle, name).clone()
                     check_finite(f"{self.path / file}: {name}", tensor)
                     found[name] = tensor.to(device)
         return found
+
+    def _tensor(self, handle: Any, name: str) -> Tensor:
+        part = self._slices.get(name)
+        if part is None:
+            return cast(Tensor, handle.get_tensor(name))
+        return cast(Tensor, handle.get_slice(part.tensor)[part.index, part.start : part.stop])
 
     def fingerprint(self) -> str:
         """sha256 over config.json and over the size, the header and the last MiB of every safetensors file."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, message
+from quantkit.experts import SplitExperts
 from quantkit.formats import CheckpointFormat, format_of
 from quantkit.linear import QuantLinear
 from quantkit.scheme import QuantScheme
@@ -52,6 +53,10 @@ def load(
         )
     fmt = format_of(config)
     skeleton = open_skeleton(checkpoint, compute)
+    checkpoint = skeleton.checkpoint
+    for info in skeleton.experts:
+        stacked = skeleton.model.get_submodule(info.name)
+        _set_module(skeleton.model, info.name, SplitExperts(stacked, info, compute))
     schemes = fmt.read_config(config, tuple(info.name for info in skeleton.linears))
     taken = _put_quantized(skeleton, checkpoint, fmt, schemes, placed, compute, backend)
     _put_dense(skeleton, checkpoint, taken, placed, compute)
@@ -128,9 +133,10 @@ def _put_dense(
     skeleton: Skeleton, checkpoint: Checkpoint, taken: set[str], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Read everything else, one tensor at a time."""
+    experts = {f"{info.name}.weight": f"{info.stem}.weight" for info in skeleton.linears if info.expert is not None}
     expected = {**dict(skeleton.model.named_parameters(remove_duplicate=False)), **dict(skeleton.model.named_buffers())}
-    for name, disk in skeleton.disk_names.items():
-        if disk in taken or name not in expected:
+    for name, disk in {**skeleton.disk_names, **experts}.items():
+        if disk in taken or name not in expected or disk not in checkpoint.tensors:
             continue
         if checkpoint.tensors[disk].shape != tuple(expected[name].shape):
             raise CheckpointError(

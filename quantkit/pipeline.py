@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.activations import Activations
-from quantkit.arch import is_transposed
 from quantkit.capture import BlockInputs, Measurement
 from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize
@@ -20,7 +19,8 @@ from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerDone, LayerRecord, Observer, Stage, Step, decibels
-from quantkit.skeleton import Skeleton, assign, place_buffers, release
+from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
+from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
 from quantkit.solvers import Solution
 from quantkit.staging import Staging
 from quantkit.stats import LayerStats
@@ -120,7 +120,7 @@ class Pipeline:
         if self.staging.is_done(index):
             return self._replay(index, streams)
         block = self.skeleton.blocks[index]
-        source = self.plan.checkpoint.read(self.skeleton.block_tensors(index).values())
+        source = self.plan.checkpoint.read(self.skeleton.block_disk_names(index))
         if streams is not None:
             self._place_block(index, source)
         layers = self.plan.block_layers(index)
@@ -134,8 +134,7 @@ class Pipeline:
             for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
                 shard.update(_named(layer, self.plan.format.encode(solved.weight)))
                 if streams is not None:
-                    module = block.get_submodule(layer.info.local)
-                    _replace_weight(module, solved.weight, self.plan.dtype)
+                    set_weight(block, layer.info, dequantize(solved.weight, self.plan.dtype))
                 records[layer.info.name] = solved.record
                 self._announce(solved.record)
         ordered = [records[layer.info.name] for layer in layers]
@@ -147,35 +146,70 @@ class Pipeline:
 
     def _place_block(self, index: int, source: dict[str, Tensor]) -> None:
         """Put a block's tensors, as read, into its module."""
-        names = self.skeleton.block_tensors(index)
-        assign(self.skeleton.blocks[index], {name: self._placed(source[disk]) for name, disk in names.items()})
+        names, block = self.skeleton.block_tensors(index), self.skeleton.blocks[index]
+        assign(block, {name: self._placed(source[disk]) for name, disk in names.items()})
+        for info in self.skeleton.block_experts(index):
+            set_weight(block, info, self._placed(source[f"{info.stem}.weight"]))
 
     def _measured_groups(
         self, index: int, layers: Sequence[LayerPlan], streams: Streams | None
-    ) -> Iterator[tuple[list[LayerPlan], Measurement | None]]:
+    ) -> Iterator[tuple[list[LayerPlan], Measurement | ExpertMeasurement | None]]:
         """The layers to solve together, one group after the other, each with what was measured for it.
 
         Everything is measured in one pass; or, true-sequentially, each group in a pass of its own when the groups
-        before it are quantized already.
+        before it are quantized already. Experts come last: their inputs are kept in the last pass, and no pass follows,
+        so that their weights are replaced in place.
         """
-        original = _weights(self.skeleton.blocks[index])
-        measuring = [layer for layer in layers if layer.solver.needs]
+        sequential, original = self.plan.recipe.true_sequential, _weights(self.skeleton.blocks[index])
+        ordinary = [layer for layer in layers if layer.info.expert is None]
+        measuring = [layer for layer in ordinary if layer.solver.needs]
         parts = [measuring] if measuring else []
-        if streams is not None and self.plan.recipe.true_sequential and measuring:
+        if streams is not None and sequential and measuring:
             by_name = {layer.info.local: layer for layer in measuring}
             probe = self._measure(index, measuring, streams, original, range(1))
             parts = [[by_name[name] for name in names] for names in probe.groups()]
-        for group in _groups([layer for layer in layers if not layer.solver.needs], None):
+        for group in _groups([layer for layer in ordinary if not layer.solver.needs], None):
             yield group, None
-        for part in parts:
-            assert streams is not None, "the caller enters the model whenever a solver measures"
-            last = part is parts[-1]
-            measured = self._measure(index, part, streams, original, range(len(streams.hidden)), advance=last)
-            for group in _groups(part, measured):
-                yield group, measured
-        if not parts and streams is not None and streams.reference is not None:
-            with _holding(self.skeleton.blocks[index], original):
-                self._hand_on(index, streams.reference)
+        with self._expert_inputs(index, layers, streams) as routed:
+            if routed and (sequential or not parts):
+                parts.append([])
+            for part in parts:
+                assert streams is not None, "the caller enters the model whenever a solver measures"
+                last = list(routed.values()) if part is parts[-1] else None
+                measured = self._measure(index, part, streams, original, range(len(streams.hidden)), last)
+                for group in _groups(part, measured):
+                    yield group, measured
+            if not parts and streams is not None and streams.reference is not None:
+                with _holding(self.skeleton.blocks[index], original):
+                    self._hand_on(index, streams.reference)
+            for name, members in _by_experts(layers).items():
+                threshold = self.plan.recipe.expert_tokens_per_column
+                yield from expert_groups(members, routed.get(name), threshold, sequential)
+
+    @contextmanager
+    def _expert_inputs(
+        self, index: int, layers: Sequence[LayerPlan], streams: Streams | None
+    ) -> Iterator[dict[str, ExpertInputs]]:
+        """For each module of experts in which something is measured, where its inputs are kept while it is solved."""
+        modules = {
+            name: experts_of(self.skeleton.blocks[index], members[0].info)
+            for name, members in _by_experts(layers).items()
+            if any(layer.solver.needs for layer in members)
+        }
+        lengths = [len(sample) for sample in self.samples]
+        budget = self.plan.experts_budget(sum(lengths)) // max(len(modules), 1)
+        infos = {info.name: info for info in self.skeleton.experts}
+        compared = streams is not None and streams.reference is not None
+        inputs: dict[str, ExpertInputs] = {}
+        try:
+            for name, module in modules.items():
+                inputs[name] = ExpertInputs(
+                    infos[name], module, lengths, self.plan.dtype, budget, self.staging.path, compared
+                )
+            yield inputs
+        finally:
+            for kept in inputs.values():
+                kept.close()
 
     def _measure(
         self,
@@ -184,7 +218,7 @@ class Pipeline:
         streams: Streams,
         original: dict[str, nn.Parameter],
         samples: range,
-        advance: bool = False,
+        last: Sequence[ExpertInputs] | None = None,
     ) -> Measurement:
         """Statistics of the layers' inputs, which come from quantized blocks.
 
@@ -194,17 +228,23 @@ class Pipeline:
             streams: the hidden states in front of the block.
             original: the block's weights in full precision.
             samples: which to run.
-            advance: leave the reference stream behind the block: nobody will run it through this block again.
+            last: this is the last pass, which leaves the reference stream behind the block; the inputs of these
+                experts are kept in it.
         """
         block = self.skeleton.blocks[index]
         linears = {layer.info.local: block.get_submodule(layer.info.local) for layer in layers}
         measurement = Measurement(linears, frozenset().union(*(layer.solver.needs for layer in layers)))
-        with measurement.hooked():
+        measuring: list[Measurement | ExpertInputs] = [measurement, *(last or ())]
+        with ExitStack() as hooks:
+            for each in measuring:
+                hooks.enter_context(each.hooked())
             for sample in samples:
                 if streams.reference is not None:
-                    with measurement.of_reference(), _holding(block, original):
+                    with ExitStack() as exactly, _holding(block, original):
+                        for each in measuring:
+                            exactly.enter_context(each.of_reference())
                         exact = self._inputs.run(self.skeleton, index, streams.reference[sample].to(self.device))
-                    if advance:
+                    if last is not None:
                         streams.reference[sample] = exact
                 self._inputs.run(self.skeleton, index, streams.hidden[sample].to(self.device))
                 measurement.end_pass()
@@ -245,15 +285,19 @@ class Pipeline:
             return records
         block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
         if streams.reference is not None:
-            self._place_block(index, self.plan.checkpoint.read(names.values()))
+            self._place_block(index, self.plan.checkpoint.read(self.skeleton.block_disk_names(index)))
             self._hand_on(index, streams.reference)
         stored = stored_shard(self.staging, index)
         for name, disk in names.items():
             if disk in stored:
                 assign(block, {name: self._placed(stored[disk])})
-        for layer in self.plan.block_layers(index):
-            module = block.get_submodule(layer.info.local)
-            _replace_weight(module, decode_layer(self.plan, layer, stored), self.plan.dtype, self.device)
+        quantized = {layer.info.name: layer for layer in self.plan.block_layers(index)}
+        for info in self.skeleton.block_experts(index):
+            if info.name not in quantized:
+                set_weight(block, info, self._placed(stored[f"{info.stem}.weight"]))
+        for layer in quantized.values():
+            weight = dequantize(decode_layer(self.plan, layer, stored), self.plan.dtype)
+            set_weight(block, layer.info, weight.to(self.device))
         self._hand_on(index, streams.hidden)
         release(block)
         return records
@@ -265,7 +309,7 @@ class Pipeline:
             for record in records:
                 self._announce(record, resumed=True)
             return records
-        inside = {disk for index in range(shard) for disk in self.skeleton.block_tensors(index).values()}
+        inside = {disk for index in range(shard) for disk in self.skeleton.block_disk_names(index)}
         tensors = self.plan.checkpoint.read(name for name in self.plan.checkpoint.tensors if name not in inside)
         records = []
         for layer in self.plan.block_layers(None):
@@ -323,8 +367,10 @@ def solve_group(
     for layer, energy in zip(group, energies, strict=True):
         rows = slice(row, row + layer.info.out_features)
         row = rows.stop
-        tokens = stats.num_tokens if stats is not None and first.solver.needs else 0
-        solved.append(_solved(layer, stacked[rows], solution, rows, energy if tokens else None, tokens, seconds))
+        counted = stats is not None and bool(first.solver.needs or first.fallback)
+        tokens = stats.num_tokens if stats is not None and counted else 0
+        measured = energy if tokens and first.solver.needs else None
+        solved.append(_solved(layer, stacked[rows], solution, rows, measured, tokens, seconds))
     return solved
 
 
@@ -365,7 +411,7 @@ def _solved(
         num_tokens=tokens,
         seconds=seconds,
         digest=q.digest(),
-        notes=solution.notes,
+        notes=solution.notes if layer.fallback is None else (layer.fallback, *solution.notes),
     )
     return SolvedLayer(q, record)
 
@@ -382,6 +428,15 @@ def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[l
             alike.setdefault((by_name[name].scheme, by_name[name].solver), []).append(by_name[name])
         groups += alike.values()
     return groups
+
+
+def _by_experts(layers: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """The layers of stacked experts, by module."""
+    found: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        if layer.info.expert is not None:
+            found.setdefault(layer.info.expert.module, []).append(layer)
+    return found
 
 
 def _weights(block: nn.Module) -> dict[str, nn.Parameter]:
@@ -419,10 +474,3 @@ def _named(layer: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rows_first(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
-
-
-def _replace_weight(
-    module: nn.Module, q: QuantizedTensor, dtype: torch.dtype, device: torch.device | None = None
-) -> None:
-    weight = dequantize(q, dtype).to(device or q.codes.device)
-    module._parameters["weight"] = nn.Parameter(weight.T if is_transposed(module) else weight, requires_grad=False)

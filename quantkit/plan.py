@@ -14,6 +14,7 @@ from torch import nn
 from quantkit.arch import collapsed_name, input_group, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
+from quantkit.experts import ExpertsInfo
 from quantkit.formats import CheckpointFormat, format_named
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
@@ -23,21 +24,30 @@ from quantkit.solvers import Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
 
-_FLOAT32 = 4
+_FLOAT32 = _INT32 = 4
 _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what is reported of them
 _LEFT_OUT_SHOWN = 5
 _MIB = 2**20
 _HEAD_WEIGHTS_AT_ONCE = 2**24  # the head is solved in pieces of about so many weights
+_ROUTER = "routers stay as they are"
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer to quantize."""
+    """One layer to quantize.
+
+    Attributes:
+        info: the layer.
+        scheme: its grid.
+        solver: what finds its codes.
+        fallback: why ``solver`` is not the recipe's; None where it is.
+    """
 
     info: LinearInfo
     scheme: QuantScheme
     solver: Solver
+    fallback: str | None = None
 
     @property
     def numel(self) -> int:
@@ -97,6 +107,17 @@ class Plan:
         return self.skeleton.disk_names[self.skeleton.model.all_tied_weights_keys[f"{layer.info.name}.weight"]]
 
     @cached_property
+    def ignored(self) -> tuple[str, ...]:
+        """What stays as it is, by every name that other loaders may know it under."""
+        names: dict[str, None] = {}
+        known_as = {info.name: info.known_as for info in self.skeleton.linears}
+        for skipped, _ in self.skipped:
+            on_disk = self.skeleton.disk_names.get(f"{skipped}.weight", f"{skipped}.weight").removesuffix(".weight")
+            routers = (skipped, on_disk) if skipped in self.skeleton.routers else (skipped,)
+            names.update(dict.fromkeys(known_as.get(skipped, routers)))
+        return tuple(names)
+
+    @cached_property
     def num_parameters(self) -> int:
         """Parameters of the output: those of the checkpoint, tied ones once, and those of a head that is untied."""
         held = sum(info.numel for info in self.checkpoint.tensors.values())
@@ -145,13 +166,18 @@ class Plan:
 
     @property
     def forward_passes(self) -> int:
-        """Passes of every calibration sample through every block: one to measure (for each of the streams, and true-
-        sequentially for each input that layers share, plus one sample to see which do), one to hand on.
+        """Passes of every calibration sample through a block, at most: one to measure (for each of the streams, and
+        true-sequentially for each input that layers share, plus one sample to see which do), one to hand on.
         """
         if not self.needs:
             return 0
-        inputs = {input_group(layer.info.name) for layer in self.block_layers(0) if layer.solver.needs}
-        return self.num_streams * (len(inputs) if self.recipe.true_sequential else 1) + 1
+        inputs: dict[int | None, set[str]] = {}
+        for layer in self.layers:
+            if layer.solver.needs and layer.info.block is not None:  # experts need one pass, however many they are
+                name = input_group(layer.info.name) if layer.info.expert is None else layer.info.expert.module
+                inputs.setdefault(layer.info.block, set()).add(name)
+        most = max(map(len, inputs.values()), default=1)
+        return self.num_streams * (most if self.recipe.true_sequential else 1) + 1
 
     @property
     def num_shards(self) -> int:
@@ -166,16 +192,32 @@ class Plan:
         """Bytes of the hidden states between two blocks."""
         return self.num_streams * num_tokens * self._hidden_size * self.dtype.itemsize
 
+    def expert_bytes(self, num_tokens: int) -> int:
+        """Bytes of the inputs of one block's experts, which are kept while these are solved."""
+        widths = [info.hidden_size for info in self._measured_experts]
+        return self.num_streams * num_tokens * max(widths, default=0) * self.dtype.itemsize
+
+    def experts_budget(self, num_tokens: int) -> int:
+        """Bytes of experts' inputs that may lie in memory: what the hidden states leave of ``activation_memory``."""
+        budget, hidden = self.recipe.activation_memory, self.activation_bytes(num_tokens)
+        return budget - hidden if hidden <= budget else budget
+
+    def mapped_bytes(self, num_tokens: int) -> int:
+        """Bytes of hidden states and of experts' inputs that go to files, because they do not fit their budgets."""
+        hidden, experts = self.activation_bytes(num_tokens), self.expert_bytes(num_tokens)
+        mapped = hidden if hidden > self.recipe.activation_memory else 0
+        return mapped + (experts if experts > self.experts_budget(num_tokens) else 0)
+
     def peak_memory(self, num_tokens: int, sequence_length: int) -> int:
         """Projected peak of resident memory in bytes, above what the process holds now: it does not grow with blocks.
 
-        The largest block as it is read and in the compute dtype, its Hessians, the working copies of the largest group
-        of layers that is solved at once, one sample's activations, and the hidden states between blocks as far as
-        they may lie in memory.
+        The largest block as it is read and in the compute dtype, its Hessians (of its experts, one expert's), the
+        working copies of the largest group of layers that is solved at once, one sample's activations, and the hidden
+        states between blocks and in front of experts as far as they may lie in memory.
         """
         peak = 0
         for index in range(len(self.skeleton.blocks)):
-            infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_tensors(index).values()]
+            infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_disk_names(index)]
             # As read, as run, and as it was before quantization where that is compared with.
             copies = max(1, self.num_streams)
             block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)
@@ -185,9 +227,23 @@ class Plan:
         if not self.needs:
             return peak
         widest = max(layer.info.out_features + layer.info.in_features for layer in self.layers)
-        sample = sequence_length * (8 * self._hidden_size + 4 * widest) * _FLOAT32
-        held = min(self.activation_bytes(num_tokens), self.recipe.activation_memory)
-        return max(peak + sample, 2 * outside) + held
+        sample = sequence_length * (8 * self._hidden_size + 4 * widest * self._experts_per_token) * _FLOAT32
+        held = self.activation_bytes(num_tokens) + self.expert_bytes(num_tokens) - self.mapped_bytes(num_tokens)
+        chosen = num_tokens * self._experts_per_token * _INT32 if self._measured_experts else 0
+        return max(peak + sample, 2 * outside) + held + chosen
+
+    @cached_property
+    def _measured_experts(self) -> tuple[ExpertsInfo, ...]:
+        """The modules of experts in which some layer's solver needs statistics."""
+        names = {layer.info.expert.module for layer in self.layers if layer.info.expert and layer.solver.needs}
+        return tuple(info for info in self.skeleton.experts if info.name in names)
+
+    @cached_property
+    def _experts_per_token(self) -> int:
+        """How many experts see a token, at most; 1 in a model without."""
+        most = max((info.num_experts for info in self.skeleton.experts), default=1)
+        stated = getattr(self.skeleton.model.config, "num_experts_per_tok", None)
+        return stated if isinstance(stated, int) and 0 < stated < most else most
 
     @cached_property
     def _hidden_size(self) -> int:
@@ -228,6 +284,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         )
     dtype = resolve_dtype(recipe.dtype, checkpoint.float_dtype)
     skeleton = open_skeleton(checkpoint, dtype)
+    checkpoint = skeleton.checkpoint
     check_complete(skeleton, checkpoint)
     layers, skipped = _choose(skeleton, recipe)
     _check_rules(skeleton, recipe)
@@ -242,16 +299,24 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
-    """A block's Hessians (and drifts), one for each input, a factor, and the matrices of the largest solve."""
+    """A block's Hessians (and drifts), one for each input, a factor, and the matrices of the largest solve.
+
+    Experts are measured one at a time: of theirs, those of one expert count.
+    """
     rows: dict[str, int] = {}
     squares: dict[str, int] = {}
     matrices: dict[str, int] = {}
+    owners: dict[str, tuple[str, int] | None] = {}
     for layer in layers:
-        key = input_group(layer.info.name)
+        key, slot = input_group(layer.info.name), layer.info.expert
         rows[key] = rows.get(key, 0) + layer.numel
         squares[key] = _FLOAT32 * layer.info.in_features**2
         matrices[key] = max(matrices.get(key, 0), len({Stat.HESSIAN, Stat.DRIFT} & layer.solver.needs))
-    gathered = sum(squares[key] * count for key, count in matrices.items())
+        owners[key] = None if slot is None else (slot.module, slot.index)
+    held: dict[tuple[str, int] | None, int] = {}
+    for key, count in matrices.items():
+        held[owners[key]] = held.get(owners[key], 0) + squares[key] * count
+    gathered = held.pop(None, 0) + max(held.values(), default=0)
     factor = max((squares[key] for key, count in matrices.items() if count), default=0)
     return gathered + factor + _SOLVE_COPIES * _FLOAT32 * max(rows.values(), default=0)
 
@@ -262,8 +327,7 @@ def check_disk(plan: Plan, output: Path, num_tokens: int) -> None:
     Raises:
         OutputError: it has not.
     """
-    activations = plan.activation_bytes(num_tokens)
-    needed = plan.size_after + _DISK_MARGIN + (activations if activations > plan.recipe.activation_memory else 0)
+    needed = plan.size_after + _DISK_MARGIN + plan.mapped_bytes(num_tokens)
     place = next(p for p in (output, *output.parents) if p.exists())
     free = psutil.disk_usage(str(place)).free
     if free < needed:
@@ -298,13 +362,16 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
     skipped: list[tuple[str, str]] = []
     head = skeleton.head_name()
     for info in skeleton.linears:
-        choice = recipe.choice(info.name, info.block is not None)
+        choice = recipe.choice(info.name, info.block is not None and not info.router)
         if choice is None:
-            skipped.append((info.name, "kept by a rule" if info.block is not None else "outside of the blocks"))
+            skipped.append((info.name, _why_skipped(info, recipe)))
             continue
         if info.block is None:
             _check_outside(info, choice[1], is_head=info.name == head)
         layers.append(LayerPlan(info, *choice))
+    named = {info.name for info in skeleton.linears}
+    skipped += [(name, _ROUTER) for name in skeleton.routers if name not in named]
+    skipped += [(name, _kept_whole(name, reason, recipe)) for name, reason in skeleton.opaque_experts]
     return tuple(layers), tuple(skipped)
 
 
@@ -329,11 +396,32 @@ def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
         )
 
 
+def _why_skipped(info: LinearInfo, recipe: Recipe) -> str:
+    if any(rule.matches(info.name) for rule in recipe.rules):
+        return "kept by a rule"
+    return _ROUTER if info.router else "outside of the blocks"
+
+
+def _kept_whole(name: str, reason: str, recipe: Recipe) -> str:
+    """Experts that cannot be quantized are most of a model: they stay as they are only when a rule says so.
+
+    Raises:
+        RecipeError: none does.
+    """
+    rule = next((rule for rule in recipe.rules if rule.matches(name)), None)
+    if rule is None or not rule.skip:
+        raise RecipeError(
+            message(name, reason, f'add the rule {{match: "{collapsed_name(name)}", skip: true}} to keep such experts')
+        )
+    return "kept by a rule"
+
+
 def _check_rules(skeleton: Skeleton, recipe: Recipe) -> None:
     names = [info.name for info in skeleton.linears]
     embeddings = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)]
+    others = [*skeleton.routers, *(name for name, _ in skeleton.opaque_experts)]
     for rule in recipe.rules:
-        if not any(rule.matches(name) for name in names):
+        if not any(rule.matches(name) for name in (names + others if rule.skip else names)):
             for name in filter(rule.matches, embeddings):
                 raise RecipeError(
                     message(
@@ -406,11 +494,12 @@ def _notes(
     skeleton: Skeleton, fmt: CheckpointFormat, dtype: torch.dtype, layers: tuple[LayerPlan, ...]
 ) -> tuple[str, ...]:
     """What this plan's output will not do in other programs."""
-    schemes: dict[str, object] = {info.name: None for info in skeleton.linears}
-    schemes.update({layer.info.name: layer.scheme for layer in layers})
+    schemes: dict[str, object] = {info.name: None for info in skeleton.linears if info.expert is None}
+    schemes.update({layer.info.name: layer.scheme for layer in layers if layer.info.expert is None})
     notes = [f"{group} share one matrix in vLLM and must have one scheme there" for group in unequal_fused(schemes)]
     if any(layer.info.transposed for layer in layers):
         notes.append("quantkit runs quantized Conv1D layers; transformers' own loader leaves them newly initialized")
+    notes += _notes_on_experts(skeleton, layers)
     used = {layer.scheme for layer in layers}
     if len(used) > 1 and not all(scheme.symmetric for scheme in used):
         notes.append("transformers 5.23 cannot load several schemes of which some are asymmetric")
@@ -452,3 +541,20 @@ def encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -
         layer.scheme,
     )
     return sum(t.numel() * t.element_size() for t in fmt.encode(q).values())
+
+
+def _notes_on_experts(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> list[str]:
+    schemes: dict[str, dict[str, QuantScheme]] = {info.name: {} for info in skeleton.experts}
+    for layer in layers:
+        if layer.info.expert is not None:
+            schemes[layer.info.expert.module][layer.info.name] = layer.scheme
+    sizes = {info.name: len(list(info.slots())) for info in skeleton.experts}
+    uneven = [n for n, found in schemes.items() if found and (len(set(found.values())) > 1 or len(found) < sizes[n])]
+    if not uneven:
+        return []
+    return [
+        f"{uneven[0]} and {len(uneven) - 1} more modules of experts have several schemes; "
+        "vLLM and transformers run one scheme for all experts of a block"
+        if len(uneven) > 1
+        else f"{uneven[0]} has several schemes; vLLM and transformers run one scheme for all experts of a block"
+    ]

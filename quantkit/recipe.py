@@ -119,6 +119,9 @@ class Recipe(_Strict):
         true_sequential: measure the layers that read one input (q/k/v, then o, then gate/up, then down) when those
             before them in the block are quantized already: a pass for each, in place of one for the block.
         dtype: of the forward passes and of the scales on disk; ``auto`` is the model's own.
+        expert_tokens_per_column: an expert's layer that saw fewer calibration tokens than this for each of its input
+            columns (or none) is rounded to nearest, where the method measures, and the report says so. With fewer
+            tokens than columns a Hessian is singular, and GPTQ fits their noise.
         activation_memory: bytes of activations between blocks that may lie in memory; more go to a file.
         min_share: the run is refused when less than this share (0 to 1) of all parameters would be quantized.
 
@@ -133,6 +136,7 @@ class Recipe(_Strict):
     true_sequential: bool = False
     format: Literal["compressed-tensors"] = "compressed-tensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    expert_tokens_per_column: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     activation_memory: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * 2**30
     min_share: float = Field(default=0.0, ge=0, le=1)
 

@@ -156,6 +156,8 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
     try:
         samples = data.samples if data is not None else ()
         records = Pipeline(plan, samples, staging, prepared.device, observer).run()
+        for note in fallback_notes(plan, records):
+            observer(Note(note))
         report = _report(prepared, data, records, started, before)
         _write_rest(plan, staging, report)
         observer(Stage("verifying", 1))
@@ -177,6 +179,20 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
         ) from error
     staging.publish()
     return Result(prepared.output, report)
+
+
+def fallback_notes(plan: Plan, records: Sequence[LayerRecord]) -> list[str]:
+    """What was not solved by the method that the recipe asks for, and why; the records name the layers."""
+    planned = {layer.info.name: layer.solver.name for layer in plan.layers}
+    rounded = [record for record in records if record.method != planned[record.name]]
+    if not rounded:
+        return []
+    unseen = sum(record.num_tokens == 0 for record in rounded)
+    return [
+        f"{len(rounded)} of {len(records)} layers are rounded to nearest because too few calibration tokens reached "
+        f"their experts ({unseen} saw none), such as {rounded[0].name}; use more calibration tokens, or see "
+        "expert_tokens_per_column"
+    ]
 
 
 def recipe_values(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -263,7 +279,7 @@ def _report(
         "totals": totals(records),
         "layers": [layer_to_dict(record) for record in records],
         "skipped": [{"name": name, "reason": reason} for name, reason in prepared.plan.skipped],
-        "notes": list(prepared.plan.notes),
+        "notes": [*prepared.plan.notes, *fallback_notes(prepared.plan, records)],
         "environment": environment(prepared.device),
     }
 
@@ -283,8 +299,8 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
             weight_map[tensor] = name
             total += info.nbytes
     write_index(path, weight_map, total)
-    schemes = {layer.info.name: layer.scheme for layer in plan.layers}
-    quantization = plan.format.write_config(schemes, tuple(name for name, _ in plan.skipped))
+    schemes = {name: layer.scheme for layer in plan.layers for name in layer.info.known_as}
+    quantization = plan.format.write_config(schemes, plan.ignored)
     write_json(path / CONFIG, {**plan.config, "quantization_config": quantization})
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"

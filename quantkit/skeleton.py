@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.arch import find_blocks, find_linears, is_transposed
-from quantkit.checkpoint import CONFIG, Checkpoint
+from quantkit.arch import find_blocks, is_linear, is_transposed
+from quantkit.checkpoint import CONFIG, Checkpoint, Slice
 from quantkit.errors import CheckpointError, message
+from quantkit.experts import (
+    DOWN,
+    GATE_UP,
+    ExpertsInfo,
+    ExpertSlot,
+    disk_leaves,
+    experts_info,
+    find_routers,
+    is_experts,
+    set_expert,
+    slot_on_disk,
+    why_not_experts,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +44,8 @@ class LinearInfo:
         transposed: the weight lies as [in, out] on disk (Conv1D).
         block: index of its decoder block; None outside of the blocks (the head).
         tied: its weight is another module's (an embedding's).
+        router: it decides where tokens go in a mixture of experts, or how much of a shared expert they get.
+        expert: its place in stacked experts; None for a module of its own.
     """
 
     name: str
@@ -41,6 +56,20 @@ class LinearInfo:
     transposed: bool
     block: int | None
     tied: bool
+    router: bool = False
+    expert: ExpertSlot | None = None
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Its module name, and where it is an expert's, the names that other loaders derive from its tensors' names.
+
+        vLLM asks for an expert by its experts' prefix on disk and ``gate_proj``, ``up_proj`` or ``down_proj``, whatever
+        the tensor is called there.
+        """
+        if self.expert is None:
+            return (self.name,)
+        by_prefix = f"{self.stem.rpartition('.')[0]}.{self.expert.leaf}"
+        return tuple(dict.fromkeys((self.name, by_prefix, self.stem)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +81,12 @@ class Skeleton:
         block_path: module name of the list of decoder blocks.
         blocks: the decoder blocks, in order.
         linears: every linear layer, in the model's order.
-        disk_names: parameter (or persistent buffer) name -> tensor name on disk.
+        disk_names: parameter (or persistent buffer) name -> tensor name on disk; without stacked experts, whose
+            layers are ``linears``.
+        checkpoint: the tensors on disk; stacked experts are taken apart there.
+        experts: the modules of experts whose layers are among ``linears``.
+        opaque_experts: modules of experts that cannot be quantized, and why.
+        routers: modules beside the experts that decide where tokens go, whether linear layers or not.
     """
 
     model: PreTrainedModel
@@ -60,11 +94,23 @@ class Skeleton:
     blocks: tuple[nn.Module, ...]
     linears: tuple[LinearInfo, ...]
     disk_names: Mapping[str, str]
+    checkpoint: Checkpoint
+    experts: tuple[ExpertsInfo, ...] = ()
+    opaque_experts: tuple[tuple[str, str], ...] = ()
+    routers: tuple[str, ...] = ()
 
     def block_tensors(self, index: int) -> dict[str, str]:
-        """Name within block ``index`` -> tensor name on disk."""
+        """Name within block ``index`` -> tensor name on disk; without experts."""
         prefix = f"{self.block_path}.{index}."
         return {n[len(prefix) :]: disk for n, disk in self.disk_names.items() if n.startswith(prefix)}
+
+    def block_experts(self, index: int) -> tuple[LinearInfo, ...]:
+        """The experts' layers in block ``index``."""
+        return tuple(info for info in self.linears if info.block == index and info.expert is not None)
+
+    def block_disk_names(self, index: int) -> list[str]:
+        """The names on disk of all tensors of block ``index``."""
+        return [*self.block_tensors(index).values(), *(f"{info.stem}.weight" for info in self.block_experts(index))]
 
     def outside_tensors(self) -> dict[str, str]:
         """Parameter name -> tensor name on disk, for all that is not in a block."""
@@ -130,12 +176,17 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
                 "quantkit runs models with one list of decoder blocks",
             )
         )
-    renamed = _renamer(model, checkpoint)
+    experts, opaque = _find_experts(model)
+    renamed = _renamer(model, checkpoint, experts)
+    checkpoint = _split_experts(model, checkpoint, experts, renamed)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     names += [n for n in model.state_dict() if n not in set(names)]
     disk_names = {n: renamed[n] for n in names if n in renamed}
-    linears = tuple(_linear_infos(model, found.path, renamed))
-    return Skeleton(model, found.path, found.blocks, linears, disk_names)
+    routers = tuple(router for info in experts for router in find_routers(model, info))
+    linears = tuple(_linear_infos(model, found.path, renamed, experts, routers))
+    return Skeleton(
+        model, found.path, found.blocks, linears, disk_names, checkpoint, tuple(experts), tuple(opaque), routers
+    )
 
 
 def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
@@ -146,21 +197,31 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """
     wrong = []
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", {}) or {})
-    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
-        disk = skeleton.disk_names.get(name)
-        if disk is None:
+    for name, disk, shape in _expected_tensors(skeleton):
+        if disk is None or disk not in checkpoint.tensors:
             if name not in tied:
                 wrong.append(f"{name} is missing")
-        elif checkpoint.tensors[disk].shape != tuple(parameter.shape):
-            wrong.append(f"{disk} is {list(checkpoint.tensors[disk].shape)} and should be {list(parameter.shape)}")
+        elif checkpoint.tensors[disk].shape != shape:
+            wrong.append(f"{disk} is {list(checkpoint.tensors[disk].shape)} and should be {list(shape)}")
     if wrong:
         raise CheckpointError(
             message(
                 str(checkpoint.path),
                 f"{len(wrong)} tensors do not fit {type(skeleton.model).__name__}: {'; '.join(wrong[:3])}",
-                "check config.json against the weights (mixture-of-experts weights are not supported yet)",
+                "check config.json against the weights",
             )
         )
+
+
+def _expected_tensors(skeleton: Skeleton) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
+    """Name in the model, name on disk if there is one, and shape of every parameter, stacked experts one by one."""
+    stacked = {f"{info.name}.{parameter}" for info in skeleton.experts for parameter in (GATE_UP, DOWN)}
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        if name not in stacked:
+            yield name, skeleton.disk_names.get(name), tuple(parameter.shape)
+    for info in skeleton.linears:
+        if info.expert is not None:
+            yield f"{info.name}.weight", f"{info.stem}.weight", (info.out_features, info.in_features)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -172,6 +233,20 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             target._buffers[leaf] = tensor
+
+
+def set_weight(block: nn.Module, info: LinearInfo, weight: Tensor) -> None:
+    """Put a weight [out, in] in the place of a layer's: a parameter of its own, or a part of stacked experts."""
+    if info.expert is None:
+        placed = weight.T if info.transposed else weight
+        block.get_submodule(info.local)._parameters["weight"] = nn.Parameter(placed, requires_grad=False)
+    else:
+        set_expert(experts_of(block, info), info.expert, weight)
+
+
+def experts_of(block: nn.Module, info: LinearInfo) -> nn.Module:
+    """The module of stacked experts that holds an expert's layer."""
+    return block.get_submodule(info.local.rsplit(".", 2)[0])
 
 
 def place_buffers(module: nn.Module, device: torch.device) -> None:
@@ -221,44 +296,130 @@ def _check_depth(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
-def _renamer(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name in the model -> name on disk, by transformers' own rules (prefixes, legacy names)."""
+def _find_experts(model: nn.Module) -> tuple[list[ExpertsInfo], list[tuple[str, str]]]:
+    """The modules of experts that can be quantized, and those that can not, with the reason."""
+    converters = _conversions(model)[1]
+    good, opaque = [], []
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        reason = why_not_experts(module)
+        if reason is None and disk_leaves(experts_info(name, module), converters) is None:
+            reason = "transformers has no tensor names for its single experts"
+        if reason is None:
+            good.append(experts_info(name, module))
+        else:
+            opaque.append((name, f"{type(module).__name__} cannot be quantized: {reason}"))
+    return good, opaque
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """transformers' rules from names on disk to names in the model: those that rename, those that also stack."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    return renamings, [r for r in rules if isinstance(r, WeightConverter)]
+
+
+def _renamer(model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[ExpertsInfo]) -> dict[str, str]:
+    """Name in the model -> name on disk, by transformers' own rules (prefixes, legacy names, stacked experts)."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _conversions(model)
     state = model.state_dict()
+    stacks = {f"{info.name}.{parameter}": info for info in experts for parameter in (GATE_UP, DOWN)}
+    leaves = {info.name: disk_leaves(info, converters) or {} for info in experts}
     # A quantized layer's tensors follow the names of the weight that they stand for.
     stems = {name: name.rsplit(".", 1)[0] + ".weight" for name in checkpoint.tensors if ".weight_" in name}
     renamed = {}
     for disk in checkpoint.tensors:
-        name, converter = rename_source_key(
-            stems.get(disk, disk), renamings, converters, model.base_model_prefix, state
-        )
-        if converter is None:
-            if disk in stems:
-                name = name.rsplit(".", 1)[0] + "." + disk.rsplit(".", 1)[1]
-            renamed[name] = disk
+        dense = stems.get(disk, disk)
+        name, converter = rename_source_key(dense, renamings, converters, model.base_model_prefix, state)
+        if converter is not None:
+            info = stacks.get(name)
+            slot = slot_on_disk(info, leaves[info.name], dense) if info is not None else None
+            if info is None or slot is None:
+                continue
+            name = f"{info.name}.{slot[0]}.{slot[1]}.weight"
+        if disk in stems:
+            name = name.rsplit(".", 1)[0] + "." + disk.rsplit(".", 1)[1]
+        renamed[name] = disk
     return renamed
 
 
-def _linear_infos(model: PreTrainedModel, block_path: str, renamed: Mapping[str, str]) -> list[LinearInfo]:
-    tied_names = set(model.all_tied_weights_keys)
-    infos = []
-    for name, module in find_linears(model).items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        transposed = is_transposed(module)
-        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
-        inside = name.startswith(f"{block_path}.")
-        block = int(name[len(block_path) + 1 :].split(".", 1)[0]) if inside else None
-        disk = next(
-            (renamed[f"{name}.{leaf}"] for leaf in ("weight", "weight_packed") if f"{name}.{leaf}" in renamed), None
+def _split_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[ExpertsInfo], renamed: dict[str, str]
+) -> Checkpoint:
+    """A view of the checkpoint without stacked experts; their parts get the names that single experts have on disk."""
+    converters = _conversions(model)[1]
+    slices: dict[str, Slice] = {}
+    for info in experts:
+        leaves = disk_leaves(info, converters) or {}
+        for slot in info.slots():
+            stacked = f"{info.name}.{slot.parameter}"
+            disk = renamed.get(stacked)
+            if disk is None:
+                continue
+            _check_stack(checkpoint, disk, tuple(model.get_parameter(stacked).shape))
+            stem = disk.removesuffix(f".{slot.parameter}")
+            part = f"{stem}.{slot.index}.{leaves[slot.leaf]}.weight"
+            slices[part] = Slice(disk, slot.index, slot.rows.start, slot.rows.stop)
+            renamed[f"{slot.name}.weight"] = part
+        for parameter in (GATE_UP, DOWN):
+            renamed.pop(f"{info.name}.{parameter}", None)
+    return checkpoint.split(slices) if slices else checkpoint
+
+
+def _check_stack(checkpoint: Checkpoint, disk: str, shape: tuple[int, ...]) -> None:
+    there = checkpoint.tensors[disk].shape
+    if there != shape:
+        raise CheckpointError(
+            message(f"{checkpoint.path}: {disk}", f"is {list(there)} and should be {list(shape)}", "check config.json")
         )
-        stem = disk.rsplit(".", 1)[0] if disk is not None else name
-        tied = f"{name}.weight" in tied_names
-        local = name.removeprefix(f"{block_path}.{block}.")
-        infos.append(LinearInfo(name, local, stem, int(out_features), int(in_features), transposed, block, tied))
-    return infos
+
+
+def _linear_infos(
+    model: PreTrainedModel,
+    block_path: str,
+    renamed: Mapping[str, str],
+    experts: Sequence[ExpertsInfo],
+    routers: Sequence[str],
+) -> Iterator[LinearInfo]:
+    stacks = {info.name: info for info in experts}
+    tied = set(model.all_tied_weights_keys)
+    for name, module in model.named_modules():
+        if is_linear(module):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            transposed = is_transposed(module)
+            out_features, in_features = reversed(weight.shape) if transposed else weight.shape
+            place = _place(name, block_path, renamed)
+            yield LinearInfo(
+                name,
+                *place[:2],
+                int(out_features),
+                int(in_features),
+                transposed,
+                place[2],
+                f"{name}.weight" in tied,
+                name in routers,
+            )
+        elif name in stacks:
+            for slot in stacks[name].slots():
+                place = _place(slot.name, block_path, renamed)
+                yield LinearInfo(
+                    slot.name, *place[:2], slot.out_features, slot.in_features, False, place[2], False, expert=slot
+                )
+
+
+def _place(name: str, block_path: str, renamed: Mapping[str, str]) -> tuple[str, str, int | None]:
+    """A layer's name within its block, its name on disk, and its block."""
+    inside = name.startswith(f"{block_path}.")
+    block = int(name[len(block_path) + 1 :].split(".", 1)[0]) if inside else None
+    disk = next(
+        (renamed[f"{name}.{leaf}"] for leaf in ("weight", "weight_packed") if f"{name}.{leaf}" in renamed), None
+    )
+    stem = disk.rsplit(".", 1)[0] if disk is not None else name
+    return name.removeprefix(f"{block_path}.{block}."), stem, block

