@@ -56,7 +56,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not torch.accelerator.is_available():
-        torch.Tensor.pin_memory = lambda self, *_, **__: self  # AWQ pins memory, which needs an accelerator
+        torch.Tensor.pin_memory = _unpinned  # type: ignore[method-assign]  # AWQ pins memory: needs an accelerator
     tokens = load_file(args.tokens)["tokens"]
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
@@ -72,6 +72,10 @@ def main() -> None:
     )
     model.save_pretrained(args.output, save_compressed=True)
     tokenizer.save_pretrained(args.output)
+
+
+def _unpinned(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
 
 
 def modifiers(recipe: str, scheme: dict[str, Any]) -> list[Any]:
