@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from quantkit.errors import SchemeError, message
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
+
+# Factors of a group's range that are tried. Above 1, for a symmetric range at 1 rounds its positive extreme half a step
+# down; below 0.4 nothing was ever best, at 2 bits either.
+SHRINK = tuple((44 - step) / 40 for step in range(29))
+_TILE = 2**18  # weights that are searched at once, so that they stay in the processor's cache
 
 
 def choose_qparams(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,6 +43,82 @@ def choose_qparams(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> t
     scale = _shippable((groups.amax(-1).clamp(min=0) - low) / (scheme.levels - 1), dtype)
     zero_point = torch.round(-low / scale.to(low.dtype)).clamp_(0, scheme.levels - 1)
     return scale, zero_point.to(torch.uint8)
+
+
+def search_qparams(
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of least squared rounding error, among those of shrunken ranges of each group.
+
+    For each factor of ``SHRINK`` the min-max range times the factor is tried: what it cuts off is rounded to its ends,
+    and what remains is rounded more finely. A symmetric grid has one code more below its zero point than above, so
+    there the range is tried with both signs of the scale; a negative one puts that code on the positive side.
+
+    Args:
+        groups: float [..., columns]; one scale for each leading index.
+        scheme: bits and symmetry.
+        dtype: floating-point dtype of the scale on disk; errors are those of scales rounded to it.
+        importance: weight of each column's squared error, broadcasts to ``groups``; None: 1.
+
+    Returns:
+        scale ``dtype`` [...], zero_point uint8 [...]; the largest range where several are equally good, and where
+        nothing is better, that of :func:`choose_qparams`.
+
+    Raises:
+        SchemeError: a scale that ``dtype`` cannot hold.
+    """
+    scale, zero_point = choose_qparams(groups, scheme, dtype)
+    wide = groups.reshape(-1, *groups.shape[-2:]) if groups.ndim != 3 else groups
+    weight = None if importance is None else importance.expand_as(groups).reshape(wide.shape)
+    flat_scale, flat_zero = scale.view(wide.shape[:2]), zero_point.view(wide.shape[:2])
+    for part in _tiles(wide.shape):
+        flat_scale[part], flat_zero[part] = _search(
+            wide[part], None if weight is None else weight[part], flat_scale[part], flat_zero[part], scheme
+        )
+    return scale, zero_point
+
+
+def _tiles(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Pieces of the leading two of three dimensions, of at most _TILE elements where a group is no larger."""
+    inner = max(min(_TILE // shape[2], shape[1]), 1)
+    outer = max(_TILE // (inner * shape[2]), 1)
+    for i in range(0, shape[0], outer):
+        for j in range(0, shape[1], inner):
+            yield slice(i, i + outer), slice(j, j + inner)
+
+
+def _search(
+    groups: Tensor, importance: Tensor | None, scale: Tensor, zero_point: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """The search over one tile [a, b, columns]; ``scale`` and ``zero_point`` [a, b] are those of the whole range."""
+    full, low = scale.to(groups.dtype), groups.amin(-1).clamp_(max=0)
+    best = _squared_errors(groups, importance, full, zero_point.to(groups.dtype), scheme)
+    for factor in SHRINK:
+        tried = _shippable(full * factor, scale.dtype)
+        if scheme.symmetric:
+            candidates = [(tried, zero_point), (-tried, zero_point)]
+        else:
+            zero = torch.round(-factor * low / tried.to(low.dtype)).clamp_(0, scheme.levels - 1)
+            candidates = [(tried, zero.to(torch.uint8))]
+        for candidate in candidates:
+            error = _squared_errors(groups, importance, *(x.to(groups.dtype) for x in candidate), scheme)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, candidate[0], scale)
+            zero_point = torch.where(better, candidate[1], zero_point)
+    return scale, zero_point
+
+
+def _squared_errors(
+    groups: Tensor, importance: Tensor | None, scale: Tensor, zero_point: Tensor, scheme: QuantScheme
+) -> Tensor:
+    """[a, b]: Σ importance · (w - ŵ)² of each group [a, b, columns] on its grid [a, b]."""
+    steps = groups / scale[..., None]
+    lowest = -zero_point[..., None]
+    error = torch.round(steps).clamp_(lowest, lowest + (scheme.levels - 1)).sub_(steps).square_()
+    if importance is not None:
+        error.mul_(importance)
+    return error.sum(-1).mul_(scale.square())
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
@@ -96,6 +179,11 @@ class Grids:
         self._scale[group] = self.scale[group].to(self._scale.dtype)
         self._low[group] = self.zero_point[group].to(self._low.dtype).neg_()
         self._high[group] = self._low[group] + (self._scheme.levels - 1)
+
+    def set_rows(self, rows: slice, grid: tuple[Tensor, Tensor]) -> None:
+        """Set scale ``dtype`` and zero point uint8 of all groups of some rows, [groups, rows]."""
+        self.scale[:, rows], self.zero_point[:, rows] = grid
+        self[:] = self.scale, self.zero_point
 
     def nearest(self, weight: Tensor, group: int, out: Tensor) -> Tensor:
         """Nearest codes less the zero point, as :func:`quantize` would choose them; returns the scale.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.grid import Grids, choose_qparams, dequantize, quantize, quantize_groups
+from quantkit.grid import SHRINK, Grids, choose_qparams, dequantize, quantize, quantize_groups, search_qparams
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -282,3 +285,62 @@ def test_a_solvers_grids_round_like_quantize(bits: int, symmetric: bool) -> None
         assert torch.equal(found + grids.zero_points(torch.arange(24) // 8), expected)
         assert torch.equal(grids.scale, scale)
         assert torch.equal(grids.zero_point, zero_point)
+
+
+def squared_error(group: torch.Tensor, importance: torch.Tensor, scale: float, zero: int, levels: int) -> float:
+    """Of one group on one grid, by the definition."""
+    error = 0.0
+    for weight, counts in zip(group.tolist(), importance.tolist(), strict=True):
+        code = min(max(round(weight / scale) + zero, 0), levels - 1)
+        error += counts * (weight - scale * (code - zero)) ** 2
+    return error
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_the_best_of_its_ranges(bits: int, symmetric: bool, weighted: bool) -> None:
+    """Against all of them tried one by one in Python."""
+    scheme, random = QuantScheme(bits, 12, symmetric=symmetric), torch.Generator().manual_seed(bits)
+    groups = torch.randn(3, 4, 12, generator=random, dtype=torch.float64)
+    groups[0, 0] = groups[0, 0].abs()
+    groups[0, 1, 3] = 9
+    importance = torch.rand(4, 12, generator=random) if weighted else torch.ones(4, 12)
+    full, _ = choose_qparams(groups, scheme, torch.bfloat16)
+    scale, zero_point = search_qparams(groups, scheme, torch.bfloat16, importance if weighted else None)
+    assert bool((scale != full).any())
+    assert bool((scale < 0).any()) == symmetric
+    for i, j in itertools.product(range(3), range(4)):
+        wanted = math.inf
+        low = min(float(groups[i, j].min()), 0.0)
+        for factor, sign in itertools.product((1.0, *SHRINK), (1, -1) if symmetric else (1,)):
+            tried = float((full[i, j].double() * factor).to(torch.bfloat16)) * sign
+            zero = scheme.mid if symmetric else min(max(round(-factor * low / tried), 0), scheme.levels - 1)
+            wanted = min(wanted, squared_error(groups[i, j], importance[j], tried, zero, scheme.levels))
+        found = squared_error(groups[i, j], importance[j], float(scale[i, j]), int(zero_point[i, j]), scheme.levels)
+        assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_search_in_pieces_and_in_any_layout() -> None:
+    """A weight of several tiles, its transpose, and one group after the other give the same grids."""
+    weight = torch.randn(700, 1024, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(1024, generator=torch.Generator().manual_seed(1))
+    for symmetric in (True, False):
+        scheme = QuantScheme(4, 64, symmetric=symmetric)
+        rows = search_qparams(weight.unflatten(1, (16, 64)), scheme, torch.bfloat16, importance.view(16, 64))
+        columns = search_qparams(
+            weight.T.contiguous().unflatten(0, (16, 64)).mT, scheme, torch.bfloat16, importance.view(16, 1, 64)
+        )
+        group = search_qparams(weight[:, 64:128], scheme, torch.bfloat16, importance[64:128])
+        for whole, other, part in zip(rows, columns, group, strict=True):
+            assert torch.equal(whole, other.T)
+            assert torch.equal(whole[:, 1], part)
+
+
+def test_the_search_keeps_what_cannot_be_bettered() -> None:
+    """Zeros, weights that lie on the grid, and groups where nothing counts keep the range of their extremes."""
+    scheme = QuantScheme(4, 4, symmetric=False)
+    groups = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 3.0, 7.0, 15.0]])
+    for importance in (None, torch.zeros(4)):
+        scale, zero_point = search_qparams(groups, scheme, torch.float32, importance)
+        assert (scale.tolist(), zero_point.tolist()) == ([1.0, 1.0], [0, 0])

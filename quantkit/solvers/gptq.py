@@ -23,17 +23,21 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import HessianError, RecipeError, message
-from quantkit.grid import Grids, choose_qparams, dequantize
-from quantkit.qtensor import QuantizedTensor
+from quantkit.grid import Grids, choose_qparams, dequantize, search_qparams
 from quantkit.scheme import QuantScheme
 from quantkit.solvers.base import Solution
+from quantkit.solvers.descent import sweep
 from quantkit.solvers.factor import Factor, check_finite, factorize
+from quantkit.solvers.refit import refit
+from quantkit.solvers.rounded import Rounded
 from quantkit.solvers.rtn import RTN
 from quantkit.stats import LayerStats, Stat
 
 ActOrder = Literal["none", "static", "group"]
 Fallback = Literal["none", "rtn"]
+ScaleSearch = Literal["none", "mse", "hessian"]
 
+MAX_SWEEPS = 100
 _PANEL = 32  # columns within a block that are updated by one product; within a panel, by one product a column
 
 
@@ -52,6 +56,15 @@ class GPTQ:
             are contiguous. ``none``: in their order on disk, with scales chosen at the start of each group from the
             updated weights. ``group``: by decreasing diagonal, and consecutive columns of that order form the groups,
             with scales as in ``none``; it needs a format that stores the group of each column (g_idx).
+        scale_search: ``hessian``: each group's range is shrunk, and the sign of its scale chosen, where that lowers the
+            squared error of its rounded weights, each column with the weight that its own rounding has in the loss
+            (D², below what the Hessian's diagonal says by what other columns can make up for); ``mse``: unweighted;
+            ``none``: the range is that of its extremes.
+        drift_correction: strength, 0 to 1, with which the weights are first moved to where the quantized model's inputs
+            give the full-precision model's outputs (asymmetric calibration, GPTAQ, arXiv:2504.02692). The loss that is
+            reported is then that against the moved weights.
+        sweeps: times that all codes are chosen again by coordinate descent (QuantEase, arXiv:2309.01885).
+        refit: whether scales are fitted to the codes in closed form, before, between and after the sweeps.
         block_size: columns between two lazy updates. It changes the speed, not the result.
     """
 
@@ -60,26 +73,38 @@ class GPTQ:
     damp_limit: float = 1.0
     fallback: Fallback = "none"
     act_order: ActOrder = "static"
+    scale_search: ScaleSearch = "hessian"
+    drift_correction: float = 0.0
+    sweeps: int = 0
+    refit: bool = False
     block_size: int = 128
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
         _check_number(self, "damp_percent", (int, float))
         _check_number(self, "damp_limit", (int, float))
+        _check_number(self, "drift_correction", (int, float))
+        _check_number(self, "sweeps", int)
         _check_number(self, "block_size", int)
+        _check_word(self, "refit", (True, False))
         _check_word(self, "fallback", get_args(Fallback))
         _check_word(self, "act_order", get_args(ActOrder))
+        _check_word(self, "scale_search", get_args(ScaleSearch))
         if not 0 < self.damp_percent < 1:
             raise _refusal(self, "damp_percent", "choose between 0 and 1, usually 0.01")
         if not self.damp_percent <= self.damp_limit <= 1:
             raise _refusal(self, "damp_limit", f"choose between damp_percent ({self.damp_percent}) and 1")
+        if not 0 <= self.drift_correction <= 1:
+            raise _refusal(self, "drift_correction", "choose 0 (none) to 1 (full)")
+        if not 0 <= self.sweeps <= MAX_SWEEPS:
+            raise _refusal(self, "sweeps", f"choose 0 to {MAX_SWEEPS}")
         if self.block_size < 1:
             raise _refusal(self, "block_size", "choose at least 1, usually 128")
 
     @property
     def needs(self) -> frozenset[Stat]:
         """See :class:`quantkit.solvers.base.Solver`."""
-        return frozenset({Stat.HESSIAN})
+        return frozenset({Stat.HESSIAN, Stat.DRIFT} if self.drift_correction > 0 else {Stat.HESSIAN})
 
     @property
     def writes_g_idx(self) -> bool:
@@ -105,13 +130,24 @@ class GPTQ:
                 raise
             return _rounded_instead(weight, scheme, hessian, dtype, str(error))
         original = weight.T.contiguous()
-        state = _Columns(original, factor, scheme, dtype)
-        if self.act_order == "static" or state.group_size == len(original):
-            state.static(original)
+        notes = factor.notes
+        if self.drift_correction > 0:
+            notes += correct_drift(original, stats.drift.to(weight.dtype), factor, self.drift_correction)
+        columns = _Columns(original, factor, scheme, dtype, self.scale_search)
+        if self.act_order == "static" or columns.group_size == len(original):
+            columns.static(original)
         del original
-        state.run(self.block_size)
+        columns.run(self.block_size)
+        state, damping = columns.rounded(), factor.damping
+        del columns, factor
+        for _ in range(self.sweeps):
+            if self.refit:
+                refit(state, hessian, damping)
+            sweep(state, hessian, damping, self.block_size)
+        if self.refit:
+            refit(state, hessian, damping)
         dead = int((hessian.diagonal() == 0).sum())
-        return state.solution(factor.notes + _dead_note(dead, weight.shape[1]), self.act_order == "group")
+        return state.solution(scheme, notes + _dead_note(dead, weight.shape[1]), self.act_order == "group")
 
     def _positions(self, diagonal: Tensor) -> Tensor:
         """The column at each position; the last position is fixed first."""
@@ -123,7 +159,9 @@ class GPTQ:
 class _Columns:
     """The state of one solve. Matrices are held transposed, [in, out], a line for each position."""
 
-    def __init__(self, weight: Tensor, factor: Factor, scheme: QuantScheme, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: Tensor, factor: Factor, scheme: QuantScheme, dtype: torch.dtype, search: ScaleSearch
+    ) -> None:
         in_features, out_features = weight.shape
         groups = scheme.num_groups(in_features)
         self.factor, self.scheme = factor, scheme
@@ -136,11 +174,18 @@ class _Columns:
         # Groups of consecutive positions, the last positions first, unless static() says otherwise.
         self.group = torch.arange(in_features - 1, -1, -1, device=weight.device) // self.group_size
         self.dynamic = True
+        self.search = search
+        # In the loss ‖D Cᵀ e‖² a column's own rounding error, squared, stands with the weight D².
+        self.importance = factor.diagonal.square() if search == "hessian" else None
 
     def static(self, original: Tensor) -> None:
         """Fix all scales and zero points from the weights [in, out] as they lie on disk, group by group."""
-        columns = original.unflatten(0, (-1, self.group_size)).mT
-        self.grids[:] = choose_qparams(columns, self.scheme, self.grids.scale.dtype)
+        importance = None
+        if self.importance is not None:
+            importance = torch.empty_like(self.importance)
+            importance[self.factor.positions] = self.importance
+            importance = importance.view(-1, 1, self.group_size)
+        self.grids[:] = self.choose(original.unflatten(0, (-1, self.group_size)).mT, importance)
         self.group = self.factor.positions // self.group_size
         self.dynamic = False
 
@@ -178,9 +223,8 @@ class _Columns:
             groups: of each position.
         """
         if self.dynamic and spans[0] == self.group_size:
-            self.grids[groups[first]] = choose_qparams(
-                self.made_up(first, last, targets).T, self.scheme, self.grids.scale.dtype
-            )
+            importance = None if self.importance is None else self.importance[first:last]
+            self.grids[groups[first]] = self.choose(self.made_up(first, last, targets).T, importance)
         if len(spans) == 1:
             self.round(first, last, targets, groups[first:last])
             return
@@ -190,6 +234,13 @@ class _Columns:
             if stop < last:
                 inner.addmm_(self.factor.unit[stop:last, start:stop].T, self.error[stop:last])
             self.fix(start, stop, inner, spans[1:], groups)
+
+    def choose(self, columns: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of groups [..., group_size]; the importance of their columns broadcasts to them."""
+        dtype = self.grids.scale.dtype
+        if self.search == "none":
+            return choose_qparams(columns, self.scheme, dtype)
+        return search_qparams(columns, self.scheme, dtype, importance)
 
     def made_up(self, first: int, last: int, targets: Tensor) -> Tensor:
         """These columns where GPTQ's updates leave them: they would cancel all errors that were made so far."""
@@ -214,22 +265,38 @@ class _Columns:
         residuals = targets.sub_(self.weight[first:last]).add_(errors).mul_(self.factor.diagonal[first:last, None])
         self.loss += residuals.double().square_().sum(0)
 
-    def solution(self, notes: tuple[str, ...], reordered: bool) -> Solution:
-        """What was solved, in the order on disk."""
-        codes = torch.empty_like(self.codes)
-        codes[self.factor.positions] = self.codes
-        g_idx = None
-        if reordered and self.group_size < len(codes):
-            g_idx = torch.empty(len(codes), dtype=torch.int32, device=codes.device)
-            g_idx[self.factor.positions] = self.group.to(torch.int32)
-        q = QuantizedTensor(
-            codes.T.contiguous(),
-            self.grids.scale.T.contiguous(),
-            self.grids.zero_point.T.contiguous(),
-            self.scheme,
-            g_idx,
-        )
-        return Solution(q, self.loss, notes)
+    def rounded(self) -> Rounded:
+        """What was solved."""
+        positions = self.factor.positions
+        return Rounded(self.weight, self.error, self.codes, self.grids, self.group, positions, self.loss)
+
+
+def correct_drift(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> tuple[str, ...]:
+    """Move the weights to where the quantized model's inputs give the full-precision model's outputs best.
+
+    GPTAQ (arXiv:2504.02692, equation 4: asymmetric calibration) minimises ‖Q X - W X̃‖², X what the quantized model
+    feeds the layer and X̃ what the full-precision model does. Its projection on the space of X makes that
+    ‖(Q - W*) X‖² plus a constant, with
+
+        W*  =  W + W (X̃ - X) Xᵀ (X Xᵀ)⁻¹,
+
+    so that solving for W* with the Hessian of X is all there is to it. Here X Xᵀ is damped, as in GPTQ.
+
+    Args:
+        weight: float [in, out], overwritten by W* with the correction times ``strength``.
+        drift: float [in, in], ``2/n Σ (x̃ - x) xᵀ``.
+        factor: of the damped ``2/n Σ x xᵀ``.
+        strength: 0 to 1; GPTAQ is 1.
+
+    Returns:
+        a note that says how far the weights moved.
+    """
+    right = (drift.T @ weight).mul_(strength).index_select(0, factor.positions)
+    move = factor.solve(right)
+    norm = float(weight.norm())
+    weight.index_add_(0, factor.positions, move)
+    share = float(move.norm()) / norm if norm > 0 else 0.0
+    return (f"drift_correction moved the weights by {share:.2%}, and the loss is that against the moved ones",)
 
 
 def _rounded_instead(weight: Tensor, scheme: QuantScheme, hessian: Tensor, dtype: torch.dtype, reason: str) -> Solution:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import F64, correlated, damped, diagonal, losses, randn, real, stats_of, stats_with
 from torch import Tensor
 
 from quantkit.errors import HessianError, RecipeError
@@ -19,59 +20,8 @@ from quantkit.solvers import GPTQ, RTN
 from quantkit.solvers.gptq import ActOrder
 from quantkit.stats import LayerStats, Stat
 
-F64 = torch.float64
 ACT_ORDERS: tuple[ActOrder, ...] = ("none", "static", "group")
 BLOCK_SIZES = (1, 7, 32, 128, 500)
-
-
-def randn(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def stats_of(x: Tensor) -> LayerStats:
-    stats = LayerStats(x.shape[-1], frozenset({Stat.HESSIAN}), torch.device("cpu"))
-    stats.update(x)
-    return stats
-
-
-def stats_with(hessian: Tensor) -> LayerStats:
-    """Statistics whose Hessian is this one (rounded to float32): they are given it, not tokens."""
-    stats = stats_of(torch.zeros(2, len(hessian)))
-    stats.hessian.copy_(hessian)
-    return stats
-
-
-def correlated(seed: int, width: int, tokens: int = 300, rank: int = 8, noise: float = 0.3) -> LayerStats:
-    """Statistics of inputs that mostly lie in a subspace of ``rank`` dimensions, as activations do.
-
-    The inputs are multiples of 1/16, so that the float32 sums are exact and the Hessian is exactly symmetric: else
-    a solver that reads its upper triangle and one that reads all of it would differ in the seventh digit.
-    """
-    x = randn(seed, tokens, rank) @ randn(seed + 1, rank, width) + noise * randn(seed + 2, tokens, width)
-    return stats_of(torch.round(x * 16) / 16)
-
-
-def diagonal(seed: int, width: int) -> LayerStats:
-    """Statistics with an exactly diagonal Hessian of very different entries."""
-    return stats_of(torch.diag(randn(seed, width).exp()))
-
-
-def damped(stats: LayerStats, damp_percent: float = 0.01) -> Tensor:
-    hessian = stats.hessian.double()
-    return hessian + damp_percent * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=F64)
-
-
-def real(q: QuantizedTensor) -> Tensor:
-    """float64 scale * (code - zero point), with the scale that ships."""
-    group = torch.arange(q.in_features) // q.scheme.columns_per_group(q.in_features)
-    group = group if q.g_idx is None else q.g_idx.long()
-    return (q.codes.double() - q.zero_point.double()[:, group]) * q.scale.double()[:, group]
-
-
-def losses(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
-    """float64 [out]: dw H dwᵀ of each row."""
-    error = approximation - weight
-    return ((error @ hessian) * error).sum(1)
 
 
 def min_max(group: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,7 +88,7 @@ def test_with_a_diagonal_hessian_gptq_is_rtn(
         scheme = QuantScheme(bits, group_size, symmetric=symmetric)
         expected = RTN().solve(weight, scheme, None, dtype).weight
         for block_size, act_order in itertools.product((7, 128), ACT_ORDERS[:2]):
-            solver = GPTQ(block_size=block_size, act_order=act_order)
+            solver = GPTQ(block_size=block_size, act_order=act_order, scale_search="none")
             assert_equal(solver.solve(weight, scheme, stats, dtype).weight, expected)
 
 
@@ -156,7 +106,7 @@ def test_gptq_is_the_textbook_algorithm(
     if group_size != 1:  # a group of one has an error only where its grid lacks its sign
         assert not torch.equal(codes, quantize_groups(weight, scheme, torch.bfloat16).codes.double())
     for block_size in BLOCK_SIZES:
-        solver = GPTQ(block_size=block_size, act_order=act_order)
+        solver = GPTQ(block_size=block_size, act_order=act_order, scale_search="none")
         q = solver.solve(weight, scheme, stats, torch.bfloat16).weight
         assert torch.equal(q.codes.double(), codes), f"block_size={block_size}"
         assert torch.equal(q.scale.double(), scale)
@@ -192,7 +142,7 @@ def test_gptq_is_the_textbook_algorithm_in_any_shape(
     scheme = QuantScheme(bits, columns, symmetric=symmetric)
     weight, stats = randn(seed, 3, columns * groups), correlated(seed + 1, columns * groups)
     codes, scale, zero_point, _ = textbook(weight, damped(stats, damp_percent), scheme, torch.float32, act_order)
-    solver = GPTQ(damp_percent=damp_percent, block_size=block_size, act_order=act_order)
+    solver = GPTQ(damp_percent=damp_percent, block_size=block_size, act_order=act_order, scale_search="none")
     q = solver.solve(weight, scheme, stats, torch.float32).weight
     assert torch.equal(q.codes.double(), codes)
     torch.testing.assert_close(q.scale.double(), scale, rtol=2e-7, atol=0)
@@ -374,7 +324,7 @@ def test_columns_that_never_were_active() -> None:
     weight, scheme = randn(18, 5, 48), QuantScheme(4, None)
     nearest = quantize_groups(weight, scheme, torch.float32)
     for act_order, damp_percent in itertools.product(ACT_ORDERS, (0.01, 1e-7)):
-        solver = GPTQ(act_order=act_order, damp_percent=damp_percent)
+        solver = GPTQ(act_order=act_order, damp_percent=damp_percent, scale_search="none")
         solution = solver.solve(weight, scheme, stats_of(x), torch.float32)
         assert torch.equal(solution.weight.codes[:, [0, 13, 47]], nearest.codes[:, [0, 13, 47]])
         assert not torch.equal(solution.weight.codes, nearest.codes)
@@ -488,13 +438,37 @@ def test_damp_limit_out_of_range(damp_percent: float, damp_limit: float) -> None
         GPTQ(damp_percent=damp_percent, damp_limit=damp_limit)
 
 
-@pytest.mark.parametrize("options", [{"act_order": "dynamic"}, {"act_order": True}, {"fallback": "awq"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"act_order": "x"}, {"act_order": True}, {"scale_search": "grid"}, {"scale_search": 1}, {"fallback": "awq"}],
+)
 def test_words_that_are_not_known(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"is not one of its words; choose none or "):
         GPTQ(**options)
 
 
-@pytest.mark.parametrize("options", [{"block_size": 1.5}, {"block_size": True}, {"damp_percent": "0.01"}])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("drift_correction", -0.1), ("drift_correction", 1.1), ("drift_correction", float("nan")), ("sweeps", -1)]
+    + [("sweeps", 101)],
+)
+def test_other_options_out_of_range(option: str, value: float) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(RecipeError, match=rf"{option}=.* is out of range; choose 0"):
+        GPTQ(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refit": 1},
+        {"sweeps": 1.0},
+        {"drift_correction": "full"},
+        {"block_size": 1.5},
+        {"block_size": True},
+        {"damp_percent": "0.01"},
+    ],
+)
 def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         GPTQ(**options)
@@ -502,6 +476,17 @@ def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
 
 def test_what_a_solver_says_of_itself() -> None:
     assert (GPTQ().name, GPTQ().needs) == ("gptq", frozenset({Stat.HESSIAN}))
-    assert GPTQ() == GPTQ(damp_percent=0.01, block_size=128, act_order="static", damp_limit=1.0, fallback="none")
+    assert GPTQ() == GPTQ(
+        damp_percent=0.01,
+        block_size=128,
+        act_order="static",
+        scale_search="hessian",
+        damp_limit=1.0,
+        fallback="none",
+        drift_correction=0.0,
+        sweeps=0,
+        refit=False,
+    )
+    assert GPTQ(drift_correction=0.5).needs == frozenset({Stat.HESSIAN, Stat.DRIFT})
     assert (GPTQ().writes_g_idx, GPTQ(act_order="group").writes_g_idx) == (False, True)
     assert len({GPTQ(), GPTQ(), GPTQ(block_size=64)}) == 2
