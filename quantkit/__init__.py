@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from quantkit.run import Result, quantize
     from quantkit.scheme import QuantScheme, parse_scheme
     from quantkit.solvers import GPTQ, RTN
+    from quantkit.transforms import AWQ, Rotation, SmoothQuant
 
 _HOMES = {
     "calibration": ("CalibrationSpec",),
@@ -59,10 +60,12 @@ _HOMES = {
     "run": ("Result", "quantize"),
     "scheme": ("QuantScheme", "parse_scheme"),
     "solvers": ("GPTQ", "RTN"),
+    "transforms": ("AWQ", "Rotation", "SmoothQuant"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "RTN",
     "CalibrationError",
@@ -82,8 +85,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Result",
+    "Rotation",
     "Rule",
     "SchemeError",
+    "SmoothQuant",
     "evaluate",
     "load",
     "parse_scheme",

@@ -23,7 +23,9 @@ from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
 from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
 from quantkit.solvers import Solution
 from quantkit.staging import Staging
-from quantkit.stats import LayerStats
+from quantkit.stats import LayerStats, Stat
+from quantkit.transforming import Samples, Transforming
+from quantkit.transforms import TransformRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,21 @@ class Streams:
             self.reference.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A block whose channels were scaled.
+
+    Attributes:
+        records: what was done.
+        original: the block's parameters before.
+        measured: what the solvers need too, in the new scale; None: they measure in passes of their own.
+    """
+
+    records: list[TransformRecord]
+    original: dict[str, nn.Parameter]
+    measured: Measurement | None
+
+
 class Pipeline:
     """One run over all blocks.
 
@@ -69,7 +86,9 @@ class Pipeline:
     ) -> None:
         self.plan, self.samples, self.staging, self.device, self.observer = plan, samples, staging, device, observer
         self.skeleton: Skeleton = plan.skeleton
+        self.transform_records: list[TransformRecord] = []
         self._inputs = BlockInputs()
+        self._transforming = Transforming(plan, device)
         self._solved = 0
 
     @torch.no_grad()
@@ -120,14 +139,14 @@ class Pipeline:
         if self.staging.is_done(index):
             return self._replay(index, streams)
         block = self.skeleton.blocks[index]
-        source = self.plan.checkpoint.read(self.skeleton.block_disk_names(index))
+        source = self._transforming.read_block(index)
         if streams is not None:
             self._place_block(index, source)
         layers = self.plan.block_layers(index)
-        replaced = {f"{layer.info.stem}.weight" for layer in layers}
-        shard = {disk: tensor for disk, tensor in source.items() if disk not in replaced}
+        scaled = self._scale(index, layers, source, streams)
+        shard: dict[str, Tensor] = {}
         records = {}
-        for group, measured in self._measured_groups(index, layers, streams):
+        for group, measured in self._measured_groups(index, layers, streams, scaled):
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
             stats = measured.inputs.get(group[0].info.local) if measured else None
             energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
@@ -138,7 +157,10 @@ class Pipeline:
                 records[layer.info.name] = solved.record
                 self._announce(solved.record)
         ordered = [records[layer.info.name] for layer in layers]
-        self.staging.write(index, shard, ordered)
+        shard.update(self._transforming.shipped(source))
+        transforms = scaled.records if scaled is not None else []
+        self.transform_records += transforms
+        self.staging.write(index, shard, ordered, transforms)
         if streams is not None:
             self._hand_on(index, streams.hidden)
         release(block)
@@ -151,22 +173,44 @@ class Pipeline:
         for info in self.skeleton.block_experts(index):
             set_weight(block, info, self._placed(source[f"{info.stem}.weight"]))
 
+    def _scale(
+        self, index: int, layers: Sequence[LayerPlan], source: dict[str, Tensor], streams: Streams | None
+    ) -> Scaled | None:
+        """Measure the block as it was read, and find and fold the scales of its channels; None: no such transform."""
+        if not self.plan.scale_transforms or streams is None:
+            return None
+        original = _weights(self.skeleton.blocks[index])
+        apart = self.plan.recipe.true_sequential  # solvers measure later, in passes of their own
+        measuring = [] if apart else [layer for layer in layers if layer.solver.needs]
+        names = dict.fromkeys([layer.info.local for layer in measuring]) | dict.fromkeys(self._transforming.readers)
+        needs, everything = self.plan.transform_needs | _needs(measuring), range(len(streams.hidden))
+        measured = self._measure(index, list(names), needs, streams, original, everything, None if apart else ())
+        lengths = tuple(int(streams.hidden[one].shape[1]) for one in everything)
+        samples = Samples(
+            lengths, lambda one: self._inputs.run(self.skeleton, index, streams.hidden[one].to(self.device))
+        )
+        records = self._transforming.scale_block(index, source, measured, samples)
+        return Scaled(records, original, None if apart else measured)
+
     def _measured_groups(
-        self, index: int, layers: Sequence[LayerPlan], streams: Streams | None
+        self, index: int, layers: Sequence[LayerPlan], streams: Streams | None, scaled: Scaled | None
     ) -> Iterator[tuple[list[LayerPlan], Measurement | ExpertMeasurement | None]]:
         """The layers to solve together, one group after the other, each with what was measured for it.
 
         Everything is measured in one pass; or, true-sequentially, each group in a pass of its own when the groups
-        before it are quantized already. Experts come last: their inputs are kept in the last pass, and no pass follows,
-        so that their weights are replaced in place.
+        before it are quantized already. What was measured to find scales is measured already. Experts come last: their
+        inputs are kept in the last pass, and no pass follows, so that their weights are replaced in place.
         """
+        if scaled is not None and scaled.measured is not None:
+            yield from ((group, scaled.measured) for group in _groups(layers, scaled.measured))
+            return
         sequential, original = self.plan.recipe.true_sequential, _weights(self.skeleton.blocks[index])
         ordinary = [layer for layer in layers if layer.info.expert is None]
         measuring = [layer for layer in ordinary if layer.solver.needs]
         parts = [measuring] if measuring else []
         if streams is not None and sequential and measuring:
             by_name = {layer.info.local: layer for layer in measuring}
-            probe = self._measure(index, measuring, streams, original, range(1))
+            probe = self._measure(index, list(by_name), _needs(measuring), streams, original, range(1))
             parts = [[by_name[name] for name in names] for names in probe.groups()]
         for group in _groups([layer for layer in ordinary if not layer.solver.needs], None):
             yield group, None
@@ -175,12 +219,14 @@ class Pipeline:
                 parts.append([])
             for part in parts:
                 assert streams is not None, "the caller enters the model whenever a solver measures"
-                last = list(routed.values()) if part is parts[-1] else None
-                measured = self._measure(index, part, streams, original, range(len(streams.hidden)), last)
+                last = list(routed.values()) if part is parts[-1] and scaled is None else None
+                names, samples = [layer.info.local for layer in part], range(len(streams.hidden))
+                measured = self._measure(index, names, _needs(part), streams, original, samples, last)
                 for group in _groups(part, measured):
                     yield group, measured
-            if not parts and streams is not None and streams.reference is not None:
-                with _holding(self.skeleton.blocks[index], original):
+            if streams is not None and streams.reference is not None and (scaled is not None or not parts):
+                # With the weights as they were read, which a resumed run has too.
+                with _holding(self.skeleton.blocks[index], original if scaled is None else scaled.original):
                     self._hand_on(index, streams.reference)
             for name, members in _by_experts(layers).items():
                 threshold = self.plan.recipe.expert_tokens_per_column
@@ -214,7 +260,8 @@ class Pipeline:
     def _measure(
         self,
         index: int,
-        layers: Sequence[LayerPlan],
+        names: Sequence[str],
+        needs: frozenset[Stat],
         streams: Streams,
         original: dict[str, nn.Parameter],
         samples: range,
@@ -224,7 +271,8 @@ class Pipeline:
 
         Args:
             index: the block.
-            layers: all of them measure something.
+            names: linear layers, within the block.
+            needs: what to gather.
             streams: the hidden states in front of the block.
             original: the block's weights in full precision.
             samples: which to run.
@@ -232,14 +280,13 @@ class Pipeline:
                 experts are kept in it.
         """
         block = self.skeleton.blocks[index]
-        linears = {layer.info.local: block.get_submodule(layer.info.local) for layer in layers}
-        measurement = Measurement(linears, frozenset().union(*(layer.solver.needs for layer in layers)))
+        measurement = Measurement({name: block.get_submodule(name) for name in names}, needs)
         measuring: list[Measurement | ExpertInputs] = [measurement, *(last or ())]
         with ExitStack() as hooks:
             for each in measuring:
                 hooks.enter_context(each.hooked())
             for sample in samples:
-                if streams.reference is not None:
+                if streams.reference is not None and (last is not None or Stat.DRIFT in needs):
                     with ExitStack() as exactly, _holding(block, original):
                         for each in measuring:
                             exactly.enter_context(each.of_reference())
@@ -279,13 +326,14 @@ class Pipeline:
     def _replay(self, index: int, streams: Streams | None) -> list[LayerRecord]:
         """A block that an interrupted run finished: nothing is solved, its outputs are computed again."""
         records = self.staging.records(index)
+        self.transform_records += self.staging.transforms(index)
         for record in records:
             self._announce(record, resumed=True)
         if streams is None or all(self.staging.is_done(later) for later in range(index, self._last_measured)):
             return records
         block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
         if streams.reference is not None:
-            self._place_block(index, self.plan.checkpoint.read(self.skeleton.block_disk_names(index)))
+            self._place_block(index, self._transforming.read_block(index))
             self._hand_on(index, streams.reference)
         stored = stored_shard(self.staging, index)
         for name, disk in names.items():
@@ -310,7 +358,8 @@ class Pipeline:
                 self._announce(record, resumed=True)
             return records
         inside = {disk for index in range(shard) for disk in self.skeleton.block_disk_names(index)}
-        tensors = self.plan.checkpoint.read(name for name in self.plan.checkpoint.tensors if name not in inside)
+        names = [name for name in self.plan.checkpoint.tensors if name not in inside]
+        tensors = self._transforming.read_outside(names, head=True)
         records = []
         for layer in self.plan.block_layers(None):
             weight = _rows_first(tensors[self.plan.weight_tensor(layer)], layer.info.transposed)
@@ -324,7 +373,7 @@ class Pipeline:
         return records
 
     def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
-        tensors = self.plan.checkpoint.read(names.values())
+        tensors = self._transforming.read_outside(names.values(), head=False)
         return {name: self._placed(tensors[disk]) for name, disk in names.items()}
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -419,7 +468,7 @@ def _solved(
 def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[list[LayerPlan]]:
     """Layers to solve together: same input, scheme and solver."""
     by_name = {layer.info.local: layer for layer in layers}
-    shared = measured.groups() if measured is not None else []
+    shared = [[name for name in names if name in by_name] for names in measured.groups()] if measured else []
     shared += [[name] for name in by_name if not any(name in names for names in shared)]
     groups: list[list[LayerPlan]] = []
     for names in shared:
@@ -437,6 +486,10 @@ def _by_experts(layers: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
         if layer.info.expert is not None:
             found.setdefault(layer.info.expert.module, []).append(layer)
     return found
+
+
+def _needs(layers: Sequence[LayerPlan]) -> frozenset[Stat]:
+    return frozenset[Stat]().union(*(layer.solver.needs for layer in layers))
 
 
 def _weights(block: nn.Module) -> dict[str, nn.Parameter]:

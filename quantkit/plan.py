@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import psutil
 import torch
 from torch import nn
 
-from quantkit.arch import collapsed_name, input_group, unequal_fused
-from quantkit.checkpoint import Checkpoint
+from quantkit.arch import Structure, collapsed_name, input_group, unequal_fused
+from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.experts import ExpertsInfo
 from quantkit.formats import CheckpointFormat, format_named
@@ -23,6 +23,7 @@ from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleto
 from quantkit.solvers import Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
+from quantkit.transforms import AWQ, Rotation, SmoothQuant, check_model
 
 _FLOAT32 = _INT32 = 4
 _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what is reported of them
@@ -68,6 +69,7 @@ class Plan:
         layers: what is quantized, in the model's order.
         skipped: linear layers that stay as they are, and why.
         notes: what the user should know, one sentence each.
+        structure: of the family, where the recipe has transforms.
     """
 
     checkpoint: Checkpoint
@@ -78,11 +80,57 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    structure: Structure | None = None
 
     @cached_property
     def needs(self) -> frozenset[Stat]:
-        """The statistics that some layer's solver needs."""
-        return frozenset().union(*(layer.solver.needs for layer in self.layers))
+        """The statistics that some layer's solver or some transform needs."""
+        return self.transform_needs.union(*(layer.solver.needs for layer in self.layers))
+
+    @property
+    def transform_needs(self) -> frozenset[Stat]:
+        """The statistics that some transform needs."""
+        return frozenset[Stat]().union(*(transform.needs for transform in self.scale_transforms))
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The recipe's rotation."""
+        return next((one for one in self.recipe.transforms if isinstance(one, Rotation)), None)
+
+    @property
+    def scale_transforms(self) -> tuple[SmoothQuant | AWQ, ...]:
+        """The recipe's transforms that scale channels, in order."""
+        return tuple(one for one in self.recipe.transforms if not isinstance(one, Rotation))
+
+    @property
+    def rotates_stream(self) -> bool:
+        """Whether the residual stream is rotated, which changes embeddings, final norm and head."""
+        return self.rotation is not None and self.rotation.residual
+
+    @cached_property
+    def head(self) -> str:
+        """The head's tensor on disk, whether or not the source has it."""
+        name = f"{self.skeleton.head_name()}.weight"
+        return self.skeleton.disk_names.get(name, name)
+
+    @cached_property
+    def unties_head(self) -> bool:
+        """Whether a head that is tied to the embedding gets a weight of its own, quantized or dense."""
+        quantized = any(layer.info.tied for layer in self.layers)
+        return quantized or (self.rotates_stream and any(info.tied for info in self.skeleton.linears))
+
+    @cached_property
+    def untied(self) -> TensorInfo | None:
+        """The dense tensor that a tied head gets, where the residual stream is rotated."""
+        if not self.unties_head or any(layer.info.tied for layer in self.layers):
+            return None
+        tied = self.skeleton.model.all_tied_weights_keys[f"{self.skeleton.head_name()}.weight"]
+        return self.checkpoint.tensors[self.skeleton.disk_names[tied]]
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes of the dense tensors that the source does not have."""
+        return self.untied.nbytes if self.untied is not None and self.head not in self.checkpoint.tensors else 0
 
     @cached_property
     def measures_head(self) -> bool:
@@ -96,13 +144,13 @@ class Plan:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The output's config.json but for its ``quantization_config``: the source's, a quantized head untied."""
-        untied = {"tie_word_embeddings": False} if any(layer.info.tied for layer in self.layers) else {}
+        """The output's config.json but for its ``quantization_config``: the source's, with what is untied."""
+        untied = {"tie_word_embeddings": False} if self.unties_head else {}
         return {**self.checkpoint.config, **untied}
 
     def weight_tensor(self, layer: LayerPlan) -> str:
-        """The tensor on disk that holds a layer's weight: of a tied head, the embedding's."""
-        if not layer.info.tied:
+        """The tensor that holds a layer's weight: of a tied head the embedding's, unless rotating made it its own."""
+        if not layer.info.tied or self.rotates_stream:
             return f"{layer.info.stem}.weight"
         return self.skeleton.disk_names[self.skeleton.model.all_tied_weights_keys[f"{layer.info.name}.weight"]]
 
@@ -122,7 +170,8 @@ class Plan:
         """Parameters of the output: those of the checkpoint, tied ones once, and those of a head that is untied."""
         held = sum(info.numel for info in self.checkpoint.tensors.values())
         absent = (layer for layer in self.layers if f"{layer.info.stem}.weight" not in self.checkpoint.tensors)
-        return held + sum(layer.numel for layer in absent)
+        dense = self.untied.numel if self.untied is not None and self.added_bytes else 0
+        return held + dense + sum(layer.numel for layer in absent)
 
     @cached_property
     def num_quantized(self) -> int:
@@ -138,7 +187,7 @@ class Plan:
     def size_after(self) -> int:
         """Bytes of all tensors of the output."""
         dense = sum(self.checkpoint.tensors[name].nbytes for name in self.replaced)
-        return self.checkpoint.nbytes - dense + self.quantized_bytes
+        return self.checkpoint.nbytes - dense + self.quantized_bytes + self.added_bytes
 
     @cached_property
     def left_out(self) -> tuple[tuple[str, int], ...]:
@@ -167,7 +216,8 @@ class Plan:
     @property
     def forward_passes(self) -> int:
         """Passes of every calibration sample through a block, at most: one to measure (for each of the streams, and
-        true-sequentially for each input that layers share, plus one sample to see which do), one to hand on.
+        true-sequentially for each input that layers share, plus one sample to see which do, plus one to find scales),
+        one to hand on.
         """
         if not self.needs:
             return 0
@@ -176,8 +226,10 @@ class Plan:
             if layer.solver.needs and layer.info.block is not None:  # experts need one pass, however many they are
                 name = input_group(layer.info.name) if layer.info.expert is None else layer.info.expert.module
                 inputs.setdefault(layer.info.block, set()).add(name)
-        most = max(map(len, inputs.values()), default=1)
-        return self.num_streams * (most if self.recipe.true_sequential else 1) + 1
+        if not self.recipe.true_sequential:
+            return self.num_streams + 1
+        scaling = self.num_streams if self.scale_transforms else 0  # to measure, and to advance the second stream
+        return self.num_streams * max(map(len, inputs.values()), default=0 if scaling else 1) + scaling + 1
 
     @property
     def num_shards(self) -> int:
@@ -221,8 +273,11 @@ class Plan:
             # As read, as run, and as it was before quantization where that is compared with.
             copies = max(1, self.num_streams)
             block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)
+            if self.recipe.transforms:  # what they change is held in float32, one matrix at a time in float64
+                block += sum(_FLOAT32 * info.numel for info in infos) + 4 * _FLOAT32 * max(i.numel for i in infos)
             peak = max(peak, block + _solving_bytes(self.block_layers(index)))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
+        outside += self.added_bytes
         peak = max(peak, outside + sum(_head_bytes(self.format, p, self.dtype) for p in self.block_layers(None)))
         if not self.needs:
             return peak
@@ -230,6 +285,9 @@ class Plan:
         sample = sequence_length * (8 * self._hidden_size + 4 * widest * self._experts_per_token) * _FLOAT32
         held = self.activation_bytes(num_tokens) + self.expert_bytes(num_tokens) - self.mapped_bytes(num_tokens)
         chosen = num_tokens * self._experts_per_token * _INT32 if self._measured_experts else 0
+        if self.scale_transforms:  # a group's inputs, its outputs and those of a trial
+            searched = max(one.search_tokens for one in self.scale_transforms) + sequence_length
+            peak += min(searched, num_tokens) * 3 * widest * self.dtype.itemsize
         return max(peak + sample, 2 * outside) + held + chosen
 
     @cached_property
@@ -293,9 +351,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_format(fmt, layers)
     if not layers:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
-    plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, _notes(skeleton, fmt, dtype, layers))
+    structure = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
+    notes = _notes(skeleton, fmt, dtype, layers)
+    plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structure)
     _check_share(plan)
-    return plan
+    return replace(plan, notes=(*notes, *_transform_notes(plan)))
 
 
 def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
@@ -516,6 +576,14 @@ def _notes(
                 "request 35228 do not read a quantized head"
             )
     return tuple(notes)
+
+
+def _transform_notes(plan: Plan) -> list[str]:
+    """What the transforms change besides the quantized layers."""
+    if plan.untied is None:
+        return []
+    cost = f"{plan.added_bytes / 1e6:.1f} MB more" if plan.added_bytes else "no more bytes, for it has one on disk"
+    return [f"rotating the residual stream gives the head, tied to the embedding, a matrix of its own: {cost}"]
 
 
 def head_rows_at_once(layer: LayerPlan) -> int:

@@ -27,6 +27,7 @@ from quantkit.calibration import CalibrationSpec
 from quantkit.errors import RecipeError, message
 from quantkit.scheme import QuantScheme, parse_scheme
 from quantkit.solvers import GPTQ, RTN, Solver
+from quantkit.transforms import AWQ, TRANSFORMS, Rotation, SmoothQuant, check_order
 
 _MAX_BYTES = 2**20
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -46,6 +47,15 @@ def _method(value: object) -> object:
     return next((solver() for solver in (RTN, GPTQ) if solver.name == value), {"name": value})
 
 
+def _transform(value: object) -> object:
+    """A bare name is that transform with its defaults; an unknown one is left for the validator to refuse."""
+    if isinstance(value, dict) and "name" not in value:
+        raise ValueError(f"the transform has no name; add name: {' or '.join(one.name for one in TRANSFORMS)}")
+    if not isinstance(value, str):
+        return value
+    return next((one() for one in TRANSFORMS if one.name == value), {"name": value})
+
+
 def parse_size(value: object) -> object:
     """Bytes of a size such as ``2GiB``, ``512M`` (powers of 1024) or a plain number; other types pass through."""
     if not isinstance(value, str):
@@ -57,6 +67,9 @@ def parse_size(value: object) -> object:
 
 
 SchemeField = Annotated[QuantScheme, BeforeValidator(_scheme)]
+TransformField = Annotated[
+    Annotated[SmoothQuant | AWQ | Rotation, Field(discriminator="name")], BeforeValidator(_transform)
+]
 MethodField = Annotated[Annotated[RTN | GPTQ, Field(discriminator="name")], BeforeValidator(_method)]
 
 
@@ -112,6 +125,8 @@ class Recipe(_Strict):
     Attributes:
         scheme: bits, group size and symmetry of the weights.
         method: the solver and its options.
+        transforms: changes of the dense model before the method that leave its function as it is, in this order:
+            rotation, smoothquant, awq.
         rules: exceptions by module name; the first match wins. Layers outside of the decoder blocks (lm_head) are
             quantized only when a rule asks.
         calibration: the tokens that the method measures with; not read by rtn.
@@ -131,6 +146,7 @@ class Recipe(_Strict):
 
     scheme: SchemeField = QuantScheme(4, 128)
     method: MethodField = GPTQ()
+    transforms: tuple[TransformField, ...] = ()
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     true_sequential: bool = False
@@ -139,6 +155,12 @@ class Recipe(_Strict):
     expert_tokens_per_column: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     activation_memory: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * 2**30
     min_share: float = Field(default=0.0, ge=0, le=1)
+
+    @field_validator("transforms")
+    @classmethod
+    def _composes(cls, value: tuple[SmoothQuant | AWQ | Rotation, ...]) -> tuple[SmoothQuant | AWQ | Rotation, ...]:
+        check_order(value)
+        return value
 
     def choice(self, name: str, in_block: bool) -> tuple[QuantScheme, Solver] | None:
         """Scheme and solver of the linear layer ``name``; None leaves it as it is."""
@@ -247,15 +269,20 @@ def _explain(error: ValidationError, where: str, node: yaml.Node | None) -> str:
 
 
 def _place(loc: Sequence[int | str]) -> tuple[tuple[int | str, ...], str | None]:
-    """A place in the recipe, without the union tag that pydantic puts behind ``method``, and that tag."""
+    """A place in the recipe, without the union tag that pydantic puts behind ``method`` or the number of one of the
+    ``transforms``, and that tag.
+    """
     for index, part in enumerate(loc[:-1]):
-        if part == "method":
-            return (*loc[: index + 1], *loc[index + 2 :]), str(loc[index + 1])
+        tag = index + (1 if part == "method" else 2)
+        if part in ("method", "transforms") and tag < len(loc):
+            return (*loc[:tag], *loc[tag + 1 :]), str(loc[tag])
     return tuple(loc), None
 
 
 def _siblings(loc: Sequence[object], method: str | None) -> list[str]:
-    """The keys that are allowed where the unknown key ``loc[-1]`` stands; ``method`` is the method it belongs to."""
+    """The keys that are allowed where the unknown key ``loc[-1]`` stands; ``method`` is the method or transform that it
+    belongs to.
+    """
     if len(loc) == 1:
         return list(Recipe.model_fields)
     owners: dict[str, list[str]] = {
@@ -263,6 +290,7 @@ def _siblings(loc: Sequence[object], method: str | None) -> list[str]:
         "calibration": [f.name for f in fields(CalibrationSpec)],
         "scheme": [f.name for f in fields(QuantScheme)],
         "method": [f.name for f in fields(GPTQ if method == "gptq" else RTN)],
+        "transforms": [f.name for one in TRANSFORMS if one.name == method for f in fields(one)],
     }
     return next((owners[str(part)] for part in reversed(loc[:-1]) if str(part) in owners), [])
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from quantkit.transforms import TransformRecord
+
 _PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers", "datasets", "accelerate")
 
 
@@ -131,3 +133,13 @@ def layer_to_dict(record: LayerRecord) -> dict[str, Any]:
 def layer_from_dict(value: dict[str, Any]) -> LayerRecord:
     """The inverse of :func:`layer_to_dict`."""
     return LayerRecord(**{**value, "shape": tuple(value["shape"]), "notes": tuple(value.get("notes", ()))})
+
+
+def transform_to_dict(record: TransformRecord) -> dict[str, Any]:
+    """A record as plain values."""
+    return asdict(record)
+
+
+def transform_from_dict(value: dict[str, Any]) -> TransformRecord:
+    """The inverse of :func:`transform_to_dict`."""
+    return TransformRecord(**{**value, "readers": tuple(value["readers"])})

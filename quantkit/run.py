@@ -29,6 +29,7 @@ from quantkit.report import (
     ignore,
     layer_to_dict,
     totals,
+    transform_to_dict,
     versions,
 )
 from quantkit.source import open_tokenizer, resolve_device, resolve_model
@@ -155,10 +156,12 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
         )
     try:
         samples = data.samples if data is not None else ()
-        records = Pipeline(plan, samples, staging, prepared.device, observer).run()
+        pipeline = Pipeline(plan, samples, staging, prepared.device, observer)
+        records = pipeline.run()
         for note in fallback_notes(plan, records):
             observer(Note(note))
         report = _report(prepared, data, records, started, before)
+        report["transforms"] = [transform_to_dict(record) for record in pipeline.transform_records]
         _write_rest(plan, staging, report)
         observer(Stage("verifying", 1))
         verify_output(staging.path, plan, records)

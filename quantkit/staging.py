@@ -19,7 +19,8 @@ from torch import Tensor
 
 from quantkit.checkpoint import read_json, write_json, write_shard
 from quantkit.errors import OutputError, message
-from quantkit.report import LayerRecord, layer_from_dict, layer_to_dict
+from quantkit.report import LayerRecord, layer_from_dict, layer_to_dict, transform_from_dict, transform_to_dict
+from quantkit.transforms import TransformRecord
 
 _RUN = "run.json"
 _RECORDS = "records"
@@ -99,15 +100,29 @@ class Staging:
         """Number of whole shards."""
         return sum(self.is_done(shard) for shard in range(self.num_shards))
 
-    def write(self, shard: int, tensors: Mapping[str, Tensor], records: Sequence[LayerRecord]) -> None:
+    def write(
+        self,
+        shard: int,
+        tensors: Mapping[str, Tensor],
+        records: Sequence[LayerRecord],
+        transforms: Sequence[TransformRecord] = (),
+    ) -> None:
         """Write a shard, atomically, its records first."""
-        write_json(self._records(shard), {"layers": [layer_to_dict(r) for r in records]})
+        layers = [layer_to_dict(record) for record in records]
+        write_json(
+            self._records(shard), {"layers": layers, "transforms": [transform_to_dict(record) for record in transforms]}
+        )
         write_shard(self.path / self.shard_name(shard), tensors)
 
     def records(self, shard: int) -> list[LayerRecord]:
-        """The records of a shard that is done."""
+        """The layer records of a shard that is done."""
         stored = read_json(self._records(shard), missing="start afresh with --overwrite")
         return [layer_from_dict(value) for value in stored["layers"]]
+
+    def transforms(self, shard: int) -> list[TransformRecord]:
+        """The transform records of a shard that is done."""
+        stored = read_json(self._records(shard), missing="start afresh with --overwrite")
+        return [transform_from_dict(value) for value in stored["transforms"]]
 
     def publish(self) -> None:
         """Move the finished directory to the output's place; an older output is removed only after that."""

@@ -110,6 +110,22 @@ class LayerStats:
             raise ValueError("no means were gathered: ask for Stat.ABS_MEAN and update() with at least one token")
         return (self._abs_sum / self.num_tokens).to(self._device, torch.float32)
 
+    def rescale(self, factors: Tensor) -> None:
+        """What would have been seen had every input channel been multiplied by its factor: exact algebra, no pass.
+
+        ``H' = diag(f) H diag(f)``, and the drift likewise, its reference inputs multiplied too.
+
+        Args:
+            factors: float [in], positive.
+        """
+        for total in (self._outer, self._cross):
+            if total is not None:
+                total.mul_(factors.to(total)).mul_(factors.to(total)[:, None])
+        for extent in (self._abs_max, self._abs_sum):
+            if extent is not None:
+                extent.mul_(factors.to(extent))
+        self._mirrored = self._outer is None  # for rows before columns rounds differently than columns before rows
+
     def _add_products(self, rows: Tensor, reference: Tensor | None) -> None:
         if self._outer is None and self._cross is None:
             return

@@ -54,6 +54,8 @@ def _verify_config(written: Checkpoint, plan: Plan) -> None:
 
 def _verify_rest(written: Checkpoint, plan: Plan, expected: set[str]) -> None:
     kept = {name: info for name, info in plan.checkpoint.tensors.items() if name not in plan.replaced}
+    if plan.untied is not None:
+        kept[plan.head] = plan.untied
     missing = sorted((expected | kept.keys()) - written.tensors.keys())
     extra = sorted(written.tensors.keys() - (expected | kept.keys()))
     if missing or extra:

@@ -19,6 +19,9 @@ HEAVY = ("torch", "triton", "transformers", "datasets", "accelerate", "huggingfa
 
 # The public API. A change here is a change for users: CHANGELOG.md and README.md go with it.
 PUBLIC = {
+    "AWQ",
+    "Rotation",
+    "SmoothQuant",
     "CalibrationError",
     "CalibrationSpec",
     "CheckpointError",

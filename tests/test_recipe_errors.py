@@ -42,8 +42,10 @@ def refused(text: str) -> str:
             "rules.0.scheme.symetric",
             "did you mean symmetric?",
         ),
-        ("zzz: 1", 1, "zzz", "allowed: scheme, method, rules, calibration, "),
+        ("zzz: 1", 1, "zzz", "allowed: scheme, method, transforms, rules, calibration, "),
         ("1: 2", 1, "1", "allowed: "),
+        ("transforms:\n- name: awq\n  gird: 3", 3, "transforms.0.gird", "did you mean grid?"),
+        ("transforms: [rotation, {name: smoothquant, alhpa: 1}]", 1, "transforms.1.alhpa", "did you mean alpha?"),
     ],
 )
 def test_unknown_keys_name_the_nearest_and_the_line(text: str, line: int, key: str, hint: str) -> None:

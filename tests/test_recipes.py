@@ -16,7 +16,8 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 def test_recipe(path: Path, tmp_path: Path) -> None:
     recipe = make_recipe(load_recipe(path))
     assert path.stem.startswith(f"w{recipe.scheme.bits}a16") or path.stem.startswith("mixed")
-    assert recipe.method.name in path.stem or path.stem.startswith("mixed")
+    names = {recipe.method.name, *(transform.name for transform in recipe.transforms)}
+    assert any(name in path.stem for name in names) or path.stem.startswith("mixed")
     assert make_recipe(parse_recipe(recipe.to_yaml(), "again")) == recipe
     plan = prepare("builtin", tmp_path / "out", recipe=path).plan
     assert plan.num_quantized > 0.8 * plan.num_parameters

@@ -1,0 +1,90 @@
+"""Trying a scale out: what a submodule gives when its linears are scaled, rounded to their grids and scaled back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.arch import ScaleGroup, is_transposed
+from quantkit.errors import CalibrationError, message
+from quantkit.grid import dequantize, quantize_groups
+from quantkit.transforms.base import BlockContext, Call
+
+
+class Trial:
+    """One group's outputs on some calibration samples, compared with those for other weights.
+
+    Args:
+        group: whose readers are quantized.
+        context: the block.
+        parent: the submodule whose outputs are compared; it holds the readers or is the only one.
+        num_tokens: see :meth:`BlockContext.calls`.
+
+    Raises:
+        CalibrationError: outputs that are not finite before anything was changed.
+    """
+
+    def __init__(self, group: ScaleGroup, context: BlockContext, parent: str, num_tokens: int) -> None:
+        self._module, self._dtype = context.module(parent), context.dtype
+        self._calls: Sequence[Call] = context.calls(parent, num_tokens)
+        self._readers = {reader: context.module(reader) for reader in group.readers}
+        self._weights = {reader: context.tensors.weight(reader) for reader in group.readers}
+        self._schemes = {reader: context.scheme(reader) for reader in group.readers}
+        self._outputs = [call.run(self._module) for call in self._calls]
+        self._energy = sum(float(y.float().square().sum(dtype=torch.float64)) for y in self._outputs)
+        if not self._energy < float("inf"):
+            raise CalibrationError(
+                message(
+                    parent, "gives outputs that are not finite", "check the model in this dtype, or use --dtype float32"
+                )
+            )
+
+    def loss(self, columns: Tensor | None) -> float:
+        """Σ (y - ŷ)² / Σ y², ŷ with readers ``round(W diag(columns)) diag(1/columns)`` on their schemes' grids.
+
+        Round-to-nearest stands for whichever solver follows. Readers that stay dense are left as they are.
+
+        Args:
+            columns: float [in]; None is ones.
+        """
+        trial = {
+            reader: self._rounded(reader, columns) for reader in self._readers if self._schemes[reader] is not None
+        }
+        with _weights(self._readers, trial):
+            error = sum(
+                float((call.run(self._module).float() - y.float()).square().sum(dtype=torch.float64))
+                for call, y in zip(self._calls, self._outputs, strict=True)
+            )
+        return error / self._energy if self._energy > 0 else error
+
+    def _rounded(self, reader: str, columns: Tensor | None) -> Tensor:
+        scheme, weight = self._schemes[reader], self._weights[reader].float()
+        assert scheme is not None, "only readers that will be quantized are rounded"
+        device = _weight(self._readers[reader]).device
+        scaled = weight if columns is None else weight * columns.to(weight)
+        rounded = dequantize(quantize_groups(scaled.to(device), scheme, self._dtype), torch.float32)
+        return rounded if columns is None else rounded / columns.to(rounded)
+
+
+@contextmanager
+def _weights(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The modules hold these weights [out, in] inside, and their own again afterwards."""
+    own = {name: modules[name]._parameters["weight"] for name in weights}
+    try:
+        for name, weight in weights.items():
+            module = modules[name]
+            placed = (weight.T if is_transposed(module) else weight).to(_weight(module).dtype)
+            module._parameters["weight"] = nn.Parameter(placed, requires_grad=False)
+        yield
+    finally:
+        for name, parameter in own.items():
+            modules[name]._parameters["weight"] = parameter
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
