@@ -30,6 +30,8 @@ _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what
 _LEFT_OUT_SHOWN = 5
 _MIB = 2**20
 _HEAD_WEIGHTS_AT_ONCE = 2**24  # the head is solved in pieces of about so many weights
+_EXPERTS = r"re:.*\.experts\.\d+\..*"
+_VLLM_EXPERT_BITS = (4, 8)
 _ROUTER = "routers stay as they are"
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
 
@@ -153,6 +155,20 @@ class Plan:
         if not layer.info.tied or self.rotates_stream:
             return f"{layer.info.stem}.weight"
         return self.skeleton.disk_names[self.skeleton.model.all_tied_weights_keys[f"{layer.info.name}.weight"]]
+
+    @cached_property
+    def targets(self) -> dict[str, QuantScheme]:
+        """Scheme of every quantized layer, by every name that other loaders may know it under.
+
+        Where experts share one scheme and other layers have another, the experts are one pattern: transformers looks
+        for it, and would decode the experts by the first group of the config without.
+        """
+        used = {layer.scheme for layer in self.layers}
+        of_experts = {layer.scheme for layer in self.layers if layer.info.expert is not None}
+        if len(used) == 1 or len(of_experts) != 1:
+            return {name: layer.scheme for layer in self.layers for name in layer.info.known_as}
+        named = {layer.info.name: layer.scheme for layer in self.layers if layer.info.expert is None}
+        return {_EXPERTS: of_experts.pop(), **named}
 
     @cached_property
     def ignored(self) -> tuple[str, ...]:
@@ -612,17 +628,22 @@ def encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -
 
 
 def _notes_on_experts(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> list[str]:
-    schemes: dict[str, dict[str, QuantScheme]] = {info.name: {} for info in skeleton.experts}
-    for layer in layers:
-        if layer.info.expert is not None:
-            schemes[layer.info.expert.module][layer.info.name] = layer.scheme
-    sizes = {info.name: len(list(info.slots())) for info in skeleton.experts}
-    uneven = [n for n, found in schemes.items() if found and (len(set(found.values())) > 1 or len(found) < sizes[n])]
-    if not uneven:
-        return []
-    return [
-        f"{uneven[0]} and {len(uneven) - 1} more modules of experts have several schemes; "
-        "vLLM and transformers run one scheme for all experts of a block"
-        if len(uneven) > 1
-        else f"{uneven[0]} has several schemes; vLLM and transformers run one scheme for all experts of a block"
-    ]
+    """What other programs cannot do with the experts; seen with transformers 5.23, read in vLLM 0.33."""
+    schemes: dict[str, list[QuantScheme | None]] = {info.name: [] for info in skeleton.experts}
+    chosen = {layer.info.name: layer.scheme for layer in layers}
+    for info in skeleton.linears:
+        if info.expert is not None:
+            schemes[info.expert.module].append(chosen.get(info.name))
+    notes = []
+    uneven = [name for name, found in schemes.items() if len(set(found)) > 1]
+    if uneven:
+        notes.append(f"{uneven[0]} has several schemes, and vLLM runs one for all experts of a block")
+    used = {scheme for found in schemes.values() for scheme in found}
+    if used and (len(used) > 1 or not all(scheme is not None and scheme.symmetric for scheme in used)):
+        notes.append(
+            "transformers 5.23 cannot load these experts: beside quantized layers it takes all of them as quantized, "
+            "by one symmetric scheme"
+        )
+    if any(scheme is not None and scheme.bits not in _VLLM_EXPERT_BITS for scheme in used):
+        notes.append("vLLM runs experts of 4 or 8 bits only")
+    return notes

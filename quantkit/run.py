@@ -302,8 +302,7 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
             weight_map[tensor] = name
             total += info.nbytes
     write_index(path, weight_map, total)
-    schemes = {name: layer.scheme for layer in plan.layers for name in layer.info.known_as}
-    quantization = plan.format.write_config(schemes, plan.ignored)
+    quantization = plan.format.write_config(plan.targets, plan.ignored)
     write_json(path / CONFIG, {**plan.config, "quantization_config": quantization})
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"

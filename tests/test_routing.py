@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from quantkit.stats import LayerStats, Stat
 
 SCHEME = QuantScheme(4, 32)
 RECIPE = {"scheme": "w4a16_g32", "method": "gptq"}
+RTN = {"scheme": "w4a16_g32", "method": "rtn"}
 LEAVES = {"mixtral": ("w1", "w3", "w2")}
 HESSIAN = frozenset({Stat.HESSIAN})
 CPU = torch.device("cpu")
@@ -427,7 +429,8 @@ def test_some_experts_kept(sparse: Callable[..., Path], many: list[Tensor], tmp_
         out = tmp_path / str(stacked)
         recipe = {**RECIPE, "rules": rules}
         report = quantkit.quantize(sparse("mixtral", stacked), out, recipe=recipe, tokens=many).report
-        assert sum("vLLM and transformers run one scheme for all experts" in note for note in report["notes"]) == 1
+        assert sum("vLLM runs one for all experts of a block" in note for note in report["notes"]) == 1
+        assert sum("transformers 5.23 cannot load these experts" in note for note in report["notes"]) == 1
         outputs[stacked] = quantkit.load(out)(IDS).logits
         prefix = "model.layers.1." + ("mlp" if stacked else "block_sparse_moe")
         assert Checkpoint(out).tensors[f"{prefix}.experts.1.w3.weight"].shape == (96, 64)
@@ -436,6 +439,23 @@ def test_some_experts_kept(sparse: Callable[..., Path], many: list[Tensor], tmp_
         assert f"{prefix}.experts.0.gate_proj" in config["ignore"]  # vLLM's name
         assert f"{prefix}.gate" in config["ignore"]
     assert torch.equal(*outputs.values())
+
+
+def test_one_scheme_of_experts_is_one_pattern(sparse: Callable[..., Path], tmp_path: Path) -> None:
+    """Beside other schemes; transformers looks for the pattern, and shared experts are not meant by it."""
+    rules = [{"match": "*.self_attn.*", "scheme": "w8a16_g32"}]
+    report = quantkit.quantize(sparse("deepseek_v3"), tmp_path / "q", recipe={**RTN, "rules": rules}).report
+    assert report["notes"] == []
+    groups = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["config_groups"]
+    targets = {group["weights"]["num_bits"]: group["targets"] for group in groups.values()}
+    (pattern,) = [target for found in targets.values() for target in found if target.startswith("re:")]
+    assert pattern in targets[4]
+    assert re.match(pattern[3:], "model.layers.1.block_sparse_moe.experts.0.gate_proj")
+    assert not re.match(pattern[3:], "model.layers.1.mlp.shared_experts.gate_proj")
+    plain = quantkit.quantize(sparse("deepseek_v3"), tmp_path / "plain", recipe={**RTN, "scheme": "w3a16_g32"}).report
+    assert plain["notes"] == ["vLLM runs experts of 4 or 8 bits only"]
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
 
 
 def test_routers_stay(sparse: Callable[..., Path]) -> None:
