@@ -60,6 +60,18 @@ def test_zero_points_of_gptq_wrap_field_by_field() -> None:
     assert decode_gptq(parts, 4, 8, zero_shift=0)[:, 0].tolist() == first
 
 
+def test_awq_reads_the_golden_words() -> None:
+    from quality.dense import decode_awq
+
+    rows = [words("39f5e4a0", "b17d6c28")]  # code[k, n] = (3k + 5n) % 16, k = 0, n < 16; the other rows do not matter
+    parts = {
+        "qweight": torch.cat(rows * 32),
+        "qzeros": words("75316420", "fdb9eca8"),  # zero[g, n] = (7g + n) % 16
+        "scales": torch.full((1, 16), 0.25, dtype=torch.float16),
+    }
+    assert decode_awq(parts, 32)[:, 0].tolist() == [0.25 * (5 * n % 16 - n) for n in range(16)]
+
+
 def test_the_groups_of_gptq_columns_may_be_reordered() -> None:
     from quality.dense import decode_gptq
 
@@ -153,3 +165,31 @@ def test_a_worker_answers_what_it_is_asked(tmp_path: Path) -> None:
     finally:
         worker.process.kill()
     assert 0 < losses["static"] < losses["natural"]
+
+
+def test_the_line_through_points_and_how_far_they_are_from_it() -> None:
+    from cost.study import line
+
+    assert line([(1, 5.0), (2, 7.0), (4, 11.0)]) == pytest.approx((3.0, 2.0, 0.0))
+    intercept, slope, distance = line([(0, 0.0), (1, 3.0), (2, 0.0)])
+    assert (intercept, slope, distance) == pytest.approx((1.0, 0.0, 2 / 3))
+
+
+def test_cost_compares_runs_that_differ_in_one_thing_only() -> None:
+    from cost.study import LENGTH, USUAL_BLOCKS, USUAL_SAMPLES, series
+
+    usual = {"blocks": USUAL_BLOCKS, "tokens": USUAL_SAMPLES * LENGTH, "cpu_seconds": 2.0}
+    deeper, longer = {**usual, "blocks": 64, "cpu_seconds": 9.0}, {**usual, "tokens": 99_999, "cpu_seconds": 5.0}
+    results = {"points": [deeper, usual, longer]}
+    assert series(results, "blocks") == [(USUAL_BLOCKS, 2.0), (64, 9.0)]
+    assert series(results, "tokens") == [(usual["tokens"], 2.0), (99_999, 5.0)]
+
+
+def test_whole_runs_are_compared_with_quantkits() -> None:
+    from measure import surroundings
+    from whole_run.study import RUNS, render
+
+    costs = {"cpu_seconds": 50.0, "peak_bytes": 400e6}, {"cpu_seconds": 125.0, "peak_bytes": 1e9}
+    runs = {RUNS[0].key: costs[0], RUNS[1].key: costs[1]}
+    text = render({"models": {"tiny": {"32": {"surroundings": surroundings(), "runs": runs}}}})
+    assert "| tiny, 32 x 512, llm-compressor gptq | 125 s | 2.50 | 1000 MB | 2.50 |" in text

@@ -4,8 +4,8 @@
 
 Every program's weights then go through the same forward pass, whatever its own kernels round on the way. The layouts
 are decoded here from their documentation, not by quantkit's code, which is one of the contestants: compressed-tensors
-(pack-quantized and int-quantized) and GPTQ (v1, v2, and AutoRound's spelling of v1). A scale of bfloat16 or float16
-times an integer of at most 9 bits is exact in float32, so nothing is rounded.
+(pack-quantized and int-quantized), GPTQ (v1, v2, and AutoRound's spellings of both) and AWQ. A scale of bfloat16 or
+float16 times an integer of at most 9 bits is exact in float32, so nothing is rounded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _PARTS = (
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     *("qweight", "qzeros", "scales", "g_idx", "input_scale", "input_zero_point"),
 )
+_ZERO_SHIFT = {"v1": 1, "v2": 0, "auto_round:auto_gptq": 1, "auto_round": 0}  # by which GPTQ's qzeros are too small
+_AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds the column that stands here
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -84,10 +86,14 @@ def decoder(where: Path, config: dict[str, Any]) -> Any:
             sys.exit(f"{where}: layers of {sorted(widths)} bits; this study compares one width at a time")
         bits = widths.pop()
         return lambda parts: decode_compressed_tensors(parts, bits)
-    packing = config.get("packing_format", "auto_round:auto_gptq" if method == "gptq" else "")
-    if method in ("gptq", "auto-round") and packing.endswith("gptq"):
-        zero_shift = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        return lambda parts: decode_gptq(parts, config["bits"], config["group_size"], zero_shift)
+    packing = config.get("packing_format", {"gptq": "v1", "awq": "awq"}.get(method, ""))
+    bits, group_size = config.get("bits"), config.get("group_size")
+    if method == "gptq" and config.get("checkpoint_format") == "gptq_v2":
+        packing = "v2"
+    if method in ("gptq", "awq", "auto-round") and packing in _ZERO_SHIFT:
+        return lambda parts: decode_gptq(parts, bits, group_size, _ZERO_SHIFT[packing])
+    if method in ("awq", "auto-round") and packing in ("awq", "auto_round:auto_awq") and bits == 4:
+        return lambda parts: decode_awq(parts, group_size)
     sys.exit(f"{where}: quant_method {method!r}, packing {packing!r} is no layout that this study decodes")
 
 
@@ -114,6 +120,20 @@ def decode_gptq(parts: dict[str, Tensor], bits: int, group_size: int, zero_shift
     codes = unpack(parts["qweight"].T, bits, columns).T.float()  # [in, out]
     zero = ((unpack(parts["qzeros"], bits, scale.shape[1]) + zero_shift) & (2**bits - 1)).float()
     group_of = parts.get("g_idx", torch.arange(columns) // group_size).long()
+    weight: Tensor = (codes - zero[group_of]) * scale[group_of]
+    return weight.T
+
+
+def decode_awq(parts: dict[str, Tensor], group_size: int) -> Tensor:
+    """AWQ's GEMM layout, 4 bits, packed along the outputs in an order of its own; zero points as they are."""
+    place = torch.tensor(_AWQ_COLUMNS).argsort()  # of column i of eight, the nibble
+
+    def nibbles(words: Tensor) -> Tensor:
+        found = unpack(words, 4, words.shape[1] * 8)
+        return found.unflatten(1, (-1, 8))[:, :, place].flatten(1).float()
+
+    scale, codes, zero = parts["scales"].float(), nibbles(parts["qweight"]), nibbles(parts["qzeros"])
+    group_of = torch.arange(len(codes)) // group_size
     weight: Tensor = (codes - zero[group_of]) * scale[group_of]
     return weight.T
 

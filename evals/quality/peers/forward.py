@@ -27,7 +27,8 @@ def main() -> None:
     layer = model.get_submodule(name)
     with torch.no_grad():
         model(torch.arange(4)[None])  # some unpack at the first forward pass
-        found = layer(torch.eye(layer.in_features, dtype=torch.bfloat16))
+        size = layer.infeatures if hasattr(layer, "infeatures") else layer.in_features
+        found = layer(torch.eye(size, dtype=torch.bfloat16))
     save_file({"weight": found.T.contiguous()}, Path(output))
 
 

@@ -4,7 +4,8 @@
 
 Recipes: ``gptq`` is its defaults (group-aware act-order); ``gptq-mse`` adds its search of the scales (mse=2.0);
 ``gptq-act-order`` is act-order in groups that the activations order (desc_act, g_idx on disk) with that search;
-``gptaq`` its asymmetric calibration, else the defaults; ``gptq-plain`` columns in their own order.
+``gptq-static`` act-order on static groups; ``gptaq`` its asymmetric calibration, else the defaults; ``gptq-plain``
+columns in their own order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w3_asym": {"bits": 3, "sym": False},
 }
 GROUP_SIZE = 64
+RECIPES = ("gptq", "gptq-mse", "gptq-act-order", "gptq-static", "gptaq", "gptq-plain")
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
         "gptq": {},
         "gptq-mse": {"mse": 2.0},
         "gptq-act-order": {"desc_act": True, "act_group_aware": False, "mse": 2.0},
+        "gptq-static": {"desc_act": True, "static_groups": True, "act_group_aware": False},
         "gptaq": {"gptaq": GPTAQConfig()},
         "gptq-plain": {"desc_act": False, "act_group_aware": False},
     }[args.recipe]
