@@ -87,7 +87,7 @@ def decoder(where: Path, config: dict[str, Any]) -> Any:
         bits = widths.pop()
         return lambda parts: decode_compressed_tensors(parts, bits)
     packing = config.get("packing_format", {"gptq": "v1", "awq": "awq"}.get(method, ""))
-    bits, group_size = config.get("bits"), config.get("group_size")
+    bits, group_size = int(config.get("bits", 0)), int(config.get("group_size", 0))
     if method == "gptq" and config.get("checkpoint_format") == "gptq_v2":
         packing = "v2"
     if method in ("gptq", "awq", "auto-round") and packing in _ZERO_SHIFT:
@@ -129,13 +129,13 @@ def decode_awq(parts: dict[str, Tensor], group_size: int) -> Tensor:
     place = torch.tensor(_AWQ_COLUMNS).argsort()  # of column i of eight, the nibble
 
     def nibbles(words: Tensor) -> Tensor:
-        found = unpack(words, 4, words.shape[1] * 8)
-        return found.unflatten(1, (-1, 8))[:, :, place].flatten(1).float()
+        stored: Tensor = unpack(words, 4, words.shape[1] * 8).unflatten(1, (-1, 8))
+        return stored[:, :, place].flatten(1).float()
 
     scale, codes, zero = parts["scales"].float(), nibbles(parts["qweight"]), nibbles(parts["qzeros"])
     group_of = torch.arange(len(codes)) // group_size
-    weight: Tensor = (codes - zero[group_of]) * scale[group_of]
-    return weight.T
+    transposed: Tensor = (codes - zero[group_of]) * scale[group_of]
+    return transposed.T
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,7 +28,7 @@ def main() -> None:
     layer = model.get_submodule(name)
     with torch.no_grad():
         model(torch.arange(4)[None])  # some unpack at the first forward pass
-        size = layer.infeatures if hasattr(layer, "infeatures") else layer.in_features
+        size: Any = layer.infeatures if hasattr(layer, "infeatures") else layer.in_features
         found = layer(torch.eye(size, dtype=torch.bfloat16))
     save_file({"weight": found.T.contiguous()}, Path(output))
 

@@ -43,14 +43,15 @@ def main() -> None:
     from gptqmodel.quantization.config import GPTAQConfig
     from safetensors.torch import load_file
 
-    options: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "gptq": {},
         "gptq-mse": {"mse": 2.0},
         "gptq-act-order": {"desc_act": True, "act_group_aware": False, "mse": 2.0},
         "gptq-static": {"desc_act": True, "static_groups": True, "act_group_aware": False},
         "gptaq": {"gptaq": GPTAQConfig()},
         "gptq-plain": {"desc_act": False, "act_group_aware": False},
-    }[args.recipe]
+    }
+    options = choices[args.recipe]
     tokens = load_file(args.tokens)["tokens"]
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens]
     config = QuantizeConfig(group_size=GROUP_SIZE, offload_to_disk=False, **SCHEMES[args.scheme], **options)

@@ -56,7 +56,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not torch.accelerator.is_available():
-        torch.Tensor.pin_memory = _unpinned  # type: ignore[method-assign]  # AWQ pins memory: needs an accelerator
+        torch.Tensor.pin_memory = _unpinned  # type: ignore[assignment,method-assign]  # AWQ pins memory: needs an accelerator
     tokens = load_file(args.tokens)["tokens"]
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
