@@ -37,6 +37,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    model_path, args.tokens, args.output = Path(args.model).resolve(), args.tokens.resolve(), args.output.resolve()
+    os.chdir(args.output.parent)  # it writes logs/ to where it runs
 
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -55,7 +57,7 @@ def main() -> None:
     tokens = load_file(args.tokens)["tokens"]
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in tokens]
     config = QuantizeConfig(group_size=GROUP_SIZE, offload_to_disk=False, **SCHEMES[args.scheme], **options)
-    model = GPTQModel.load(args.model, config, device="cpu", dtype=torch.bfloat16)
+    model = GPTQModel.load(str(model_path), config, device="cpu", dtype=torch.bfloat16)
     model.quantize(samples, batch_size=1, calibration_sort=None)
     model.save(str(args.output))
 
