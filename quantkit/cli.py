@@ -68,7 +68,8 @@ def quantize(
     output: Annotated[Path, typer.Option(help="The directory to write. It appears when everything is verified.")],
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; the options below override it.")] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="w<bits>a16[_g<size>|_channel][_sym|_asym].  [default: w4a16]")
+        str | None,
+        typer.Option(help="w<bits>a16[_g<size>|_channel][_sym|_asym], w8a8 or w8a8_static.  [default: w4a16]"),
     ] = None,
     method: Annotated[str | None, typer.Option(help="rtn or gptq.  [default: gptq]")] = None,
     group_size: Annotated[

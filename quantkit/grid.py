@@ -238,6 +238,56 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     return ((q.codes.float() - q.zero_point[:, index].float()) * q.scale[:, index].float()).to(target)
 
 
+ACT_MIN, ACT_MAX = -128, 127
+"""The codes of quantized activations."""
+_ACT_RANGE = (ACT_MAX - ACT_MIN) / 2  # as compressed-tensors has it: the largest magnitude is 127.5 steps
+
+
+def activation_scale(abs_max: float, dtype: torch.dtype) -> float:
+    """The static scale of activations up to ``abs_max``: ``abs_max / 127.5``, rounded to ``dtype``, which ships.
+
+    Raises:
+        SchemeError: not finite, or nothing that ``dtype`` can hold.
+    """
+    return float(_shippable(torch.tensor([abs_max], dtype=torch.float64) / _ACT_RANGE, dtype))
+
+
+def quantize_activations(x: Tensor, static_scale: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+    """Codes ``clamp(round(x / scale), -128, 127)`` of activations, with one scale for each token.
+
+    Dynamic: ``scale = absmax / 127.5`` of the token, the formula of compressed-tensors (its ``calculate_qparams``);
+    computed in at least float32, where it computes in the dtype of x. A token of zeros has scale 1. Codes that become
+    integers cannot hold a NaN, so a NaN is in the scale of its token too. An infinity makes a dynamic scale infinite,
+    and with a static one it is the last code, like all that is out of range.
+
+    Args:
+        x: floating point [..., in].
+        static_scale: positive, one number or a tensor [1]; None is dynamic.
+
+    Returns:
+        codes [..., in], whole numbers in at least float32; scale [..., 1] in the same dtype.
+    """
+    real = x.to(torch.promote_types(x.dtype, torch.float32))
+    if static_scale is None:
+        scale = torch.linalg.vector_norm(real, torch.inf, -1, keepdim=True).div_(_ACT_RANGE)
+        codes = torch.div(real, scale.masked_fill_(scale == 0, 1.0)).round_().clamp_(ACT_MIN, ACT_MAX)
+        return codes, scale
+    codes = torch.div(real, static_scale).round_().clamp_(ACT_MIN, ACT_MAX)
+    # Zero for every finite token; the sum of codes is NaN where one of them is.
+    return codes, codes.sum(-1, keepdim=True).mul_(0.0).add_(static_scale)
+
+
+def fake_quantize_activations(x: Tensor, static_scale: Tensor | float | None = None) -> Tensor:
+    """Activations rounded to their grid and back, in the dtype of x: what a simulation multiplies by.
+
+    Args:
+        x: floating point [..., in].
+        static_scale: see :func:`quantize_activations`.
+    """
+    codes, scale = quantize_activations(x, static_scale)
+    return codes.mul_(scale).to(x.dtype)
+
+
 def _shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``: 1 for groups of zeros, never zero, never infinite."""
     limits = torch.finfo(dtype)

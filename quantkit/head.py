@@ -18,6 +18,7 @@ from quantkit.grid import dequantize
 from quantkit.plan import LayerPlan, head_rows_at_once
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerRecord, decibels
+from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats, Stat
 
 
@@ -36,6 +37,7 @@ def solve_in_rows(
     Raises:
         HessianError: with the layer's name.
         CheckpointError: a loss that is not finite.
+        CalibrationError: static activations whose input was always zero, or not finite.
     """
     started = time.perf_counter()
     measured = stats if layer.solver.needs else None
@@ -46,7 +48,7 @@ def solve_in_rows(
     for rows in _pieces(layer):
         piece = weight[rows].to(device, torch.float32)
         try:
-            solution = layer.solver.solve(piece, layer.scheme, measured, dtype)
+            solution = layer.solver.solve(piece, layer.scheme.weight_only, measured, dtype)
         except HessianError as problem:
             raise HessianError(f"{layer.info.name}: {problem}") from problem
         loss += float(solution.loss.sum())
@@ -60,7 +62,8 @@ def solve_in_rows(
         raise CheckpointError(
             message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
         )
-    q = _joined(parts)
+    act_scale = static_scale([layer.info.name], layer.scheme, stats, dtype)
+    q = replace(_joined(parts), scheme=layer.scheme, act_scale=act_scale)
     reference = reference if hessian is not None else signal
     record = LayerRecord(
         name=layer.info.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -26,7 +27,9 @@ class QuantLinear(nn.Module):
     The packed weight lies in buffers that belong to a kernel backend. ``.to(device)`` and ``.to(dtype)`` (or
     ``.half()``, ``.bfloat16()``, ...) choose the backend anew and pack the same codes and scales for it: dtype is that
     of the activations and of the bias, and never rounds a scale. A state_dict holds the portable packed form
-    (``weight_packed``, ``scale``, ``zero_point``, ``g_idx``, ``bias``), whatever the backend.
+    (``weight_packed``, ``scale``, ``zero_point``, ``g_idx``, ``act_scale``, ``bias``), whatever the backend, and so
+    does a pickle or deep copy. Where the scheme quantizes activations, x is rounded to its grid first, and the gradient
+    for x passes straight through that rounding.
 
     Attributes:
         spec: sizes, scheme, dtype of the activations, type of the device.
@@ -81,7 +84,7 @@ class QuantLinear(nn.Module):
 
         Args:
             linear: an nn.Linear, or a Conv1D of transformers, whose weight is [in, out]. Not modified.
-            scheme: a scheme or its name, such as ``w4a16_g128``.
+            scheme: a scheme or its name, such as ``w4a16_g128`` or ``w8a8``; static activations need calibration.
             backend: see the class.
 
         Raises:
@@ -89,7 +92,7 @@ class QuantLinear(nn.Module):
             SchemeError: the group size does not divide the columns, or the weight is not finite.
             KernelError: no backend can run the layer.
         """
-        wanted = _as_scheme(scheme)
+        wanted = _dynamic_scheme(scheme)
         weight = _dense_weight(linear)
         wanted.num_groups(weight.shape[1])
         choose_backend(_spec_of(weight, wanted), backend)
@@ -209,6 +212,19 @@ class QuantLinear(nn.Module):
             self.bias = fn(self.bias)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and deep copies: the portable packed form, because a backend's may have no storage to copy."""
+        state = dict(self.__dict__)
+        state["_buffers"] = {"bias": self.bias}
+        state["_non_persistent_buffers_set"] = set()
+        state["_portable"] = _PORTABLE.prepack(self.quantized(), self.spec)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed = state.pop("_portable")
+        super().__setstate__({**state, "_names": ()})  # type: ignore[no-untyped-call]
+        self._pack(_PORTABLE.unpack(packed, self.spec), self.spec.dtype)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in _PORTABLE.prepack(self.quantized(), self.spec).items():
@@ -286,7 +302,7 @@ def replace_linears(
         InputError: a name in ``skip`` that the model does not have, or a model that is itself a linear layer.
         KernelError: no backend can run a layer.
     """
-    wanted = _as_scheme(scheme)
+    wanted = _dynamic_scheme(scheme)
     if _is_replaceable(model):
         what = f"the model is itself a {type(model).__name__}, which nothing holds"
         raise InputError(message("replace_linears", what, "use QuantLinear.from_linear"))
@@ -388,10 +404,17 @@ def _spec_of(weight: Tensor, scheme: QuantScheme) -> LinearSpec:
     return LinearSpec(weight.shape[1], weight.shape[0], scheme, weight.dtype, weight.device.type)
 
 
-def _as_scheme(scheme: QuantScheme | str) -> QuantScheme:
-    return parse_scheme(scheme) if isinstance(scheme, str) else scheme
+def _dynamic_scheme(scheme: QuantScheme | str) -> QuantScheme:
+    """The scheme, which must need no calibration data."""
+    wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    if wanted.act_static:
+        what = "static activations need calibration data, and there is none here"
+        raise SchemeError(message(str(wanted), what, "use dynamic activations (w8a8), or quantkit.quantize"))
+    return wanted
 
 
 def _moved(q: QuantizedTensor, device: torch.device) -> QuantizedTensor:
     g_idx = None if q.g_idx is None else q.g_idx.to(device)
-    return QuantizedTensor(q.codes.to(device), q.scale.to(device), q.zero_point.to(device), q.scheme, g_idx)
+    return replace(
+        q, codes=q.codes.to(device), scale=q.scale.to(device), zero_point=q.zero_point.to(device), g_idx=g_idx
+    )

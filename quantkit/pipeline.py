@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantkit.activations import Activations
 from quantkit.capture import BlockInputs, Measurement
 from quantkit.errors import CheckpointError, HessianError, message
-from quantkit.grid import dequantize
+from quantkit.grid import dequantize, fake_quantize_activations
 from quantkit.head import solve_in_rows
 from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
@@ -23,6 +24,7 @@ from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
 from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
 from quantkit.solvers import Solution
 from quantkit.staging import Staging
+from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats, Stat
 from quantkit.transforming import Samples, Transforming
 from quantkit.transforms import TransformRecord
@@ -89,6 +91,7 @@ class Pipeline:
         self.transform_records: list[TransformRecord] = []
         self._inputs = BlockInputs()
         self._transforming = Transforming(plan, device)
+        self._rounding: list[RemovableHandle] = []  # hooks that round the inputs of the current block's solved layers
         self._solved = 0
 
     @torch.no_grad()
@@ -153,7 +156,7 @@ class Pipeline:
             for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
                 shard.update(_named(layer, self.plan.format.encode(solved.weight)))
                 if streams is not None:
-                    set_weight(block, layer.info, dequantize(solved.weight, self.plan.dtype))
+                    self._put_in(block, layer, solved.weight)
                 records[layer.info.name] = solved.record
                 self._announce(solved.record)
         ordered = [records[layer.info.name] for layer in layers]
@@ -163,7 +166,7 @@ class Pipeline:
         self.staging.write(index, shard, ordered, transforms)
         if streams is not None:
             self._hand_on(index, streams.hidden)
-        release(block)
+        self._release(block)
         return ordered
 
     def _place_block(self, index: int, source: dict[str, Tensor]) -> None:
@@ -181,7 +184,7 @@ class Pipeline:
             return None
         original = _weights(self.skeleton.blocks[index])
         apart = self.plan.recipe.true_sequential  # solvers measure later, in passes of their own
-        measuring = [] if apart else [layer for layer in layers if layer.solver.needs]
+        measuring = [] if apart else [layer for layer in layers if layer.needs]
         names = dict.fromkeys([layer.info.local for layer in measuring]) | dict.fromkeys(self._transforming.readers)
         needs, everything = self.plan.transform_needs | _needs(measuring), range(len(streams.hidden))
         measured = self._measure(index, list(names), needs, streams, original, everything, None if apart else ())
@@ -206,13 +209,13 @@ class Pipeline:
             return
         sequential, original = self.plan.recipe.true_sequential, _weights(self.skeleton.blocks[index])
         ordinary = [layer for layer in layers if layer.info.expert is None]
-        measuring = [layer for layer in ordinary if layer.solver.needs]
+        measuring = [layer for layer in ordinary if layer.needs]
         parts = [measuring] if measuring else []
         if streams is not None and sequential and measuring:
             by_name = {layer.info.local: layer for layer in measuring}
             probe = self._measure(index, list(by_name), _needs(measuring), streams, original, range(1))
             parts = [[by_name[name] for name in names] for names in probe.groups()]
-        for group in _groups([layer for layer in ordinary if not layer.solver.needs], None):
+        for group in _groups([layer for layer in ordinary if not layer.needs], None):
             yield group, None
         with self._expert_inputs(index, layers, streams) as routed:
             if routed and (sequential or not parts):
@@ -306,8 +309,8 @@ class Pipeline:
         """What the output head reads: what the model makes of the last (quantized) block's outputs."""
         if hidden is None or not self.plan.measures_head or self.staging.is_done(len(self.skeleton.blocks)):
             return None
-        layer = next(layer for layer in self.plan.block_layers(None) if layer.solver.needs)
-        stats = LayerStats(layer.info.in_features, layer.solver.needs, self.device)
+        layer = next(layer for layer in self.plan.block_layers(None) if layer.needs)
+        stats = LayerStats(layer.info.in_features, layer.needs, self.device)
         assign(self.skeleton.model, self._read(_in_front(self.skeleton)))
         head = self.skeleton.model.get_submodule(layer.info.name)
         for sample, tokens in enumerate(self.samples):
@@ -336,18 +339,18 @@ class Pipeline:
             self._place_block(index, self._transforming.read_block(index))
             self._hand_on(index, streams.reference)
         stored = stored_shard(self.staging, index)
-        for name, disk in names.items():
-            if disk in stored:
-                assign(block, {name: self._placed(stored[disk])})
         quantized = {layer.info.name: layer for layer in self.plan.block_layers(index)}
+        codes = {f"{layer.info.stem}.weight" for layer in quantized.values()}  # where the format keeps that name
+        for name, disk in names.items():
+            if disk in stored and disk not in codes:
+                assign(block, {name: self._placed(stored[disk])})
         for info in self.skeleton.block_experts(index):
             if info.name not in quantized:
                 set_weight(block, info, self._placed(stored[f"{info.stem}.weight"]))
         for layer in quantized.values():
-            weight = dequantize(decode_layer(self.plan, layer, stored), self.plan.dtype)
-            set_weight(block, layer.info, weight.to(self.device))
+            self._put_in(block, layer, decode_layer(self.plan, layer, stored))
         self._hand_on(index, streams.hidden)
-        release(block)
+        self._release(block)
         return records
 
     def _outside(self, shard: int, at_head: LayerStats | None) -> list[LayerRecord]:
@@ -380,6 +383,21 @@ class Pipeline:
         """On the device; floating-point tensors in the compute dtype."""
         return tensor.to(self.device, self.plan.dtype if tensor.dtype.is_floating_point else tensor.dtype)
 
+    def _put_in(self, block: nn.Module, layer: LayerPlan, q: QuantizedTensor) -> None:
+        """Let a layer compute as its quantized form will: with its decoded weight and, where asked, rounded inputs."""
+        set_weight(block, layer.info, dequantize(q, self.plan.dtype).to(self.device))
+        if q.scheme.act_bits is not None:
+            module = block.get_submodule(layer.info.local)
+            hook = _rounds_input(module._parameters["weight"], q.act_scale)
+            self._rounding.append(module.register_forward_pre_hook(hook))
+
+    def _release(self, block: nn.Module) -> None:
+        """Free a block that is done."""
+        for handle in self._rounding:
+            handle.remove()
+        self._rounding.clear()
+        release(block)
+
     def _announce(self, record: LayerRecord, resumed: bool = False) -> None:
         self._solved += 1
         self.observer(LayerDone(record, self._solved, len(self.plan.layers), resumed))
@@ -403,14 +421,18 @@ def solve_group(
 
     Raises:
         HessianError: with the names of the layers.
+        CalibrationError: static activations whose input was always zero, or not finite.
     """
     started = time.perf_counter()
     stacked = torch.cat([weight.to(run.device, torch.float32) for weight in weights])
     first = group[0]
     try:
-        solution = first.solver.solve(stacked, first.scheme, stats if first.solver.needs else None, run.plan.dtype)
+        used = stats if first.solver.needs else None
+        solution = first.solver.solve(stacked, first.scheme.weight_only, used, run.plan.dtype)
     except HessianError as error:
         raise HessianError(f"{', '.join(layer.info.name for layer in group)}: {error}") from error
+    act_scale = static_scale([layer.info.name for layer in group], first.scheme, stats, run.plan.dtype)
+    solution = replace(solution, weight=replace(solution.weight, scheme=first.scheme, act_scale=act_scale))
     seconds = (time.perf_counter() - started) / len(group)
     solved, row = [], 0
     for layer, energy in zip(group, energies, strict=True):
@@ -489,7 +511,7 @@ def _by_experts(layers: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:
 
 
 def _needs(layers: Sequence[LayerPlan]) -> frozenset[Stat]:
-    return frozenset[Stat]().union(*(layer.solver.needs for layer in layers))
+    return frozenset[Stat]().union(*(layer.needs for layer in layers))
 
 
 def _weights(block: nn.Module) -> dict[str, nn.Parameter]:
@@ -527,3 +549,16 @@ def _named(layer: LayerPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rows_first(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed else weight
+
+
+def _rounds_input(
+    weight: nn.Parameter | None, act_scale: float | None
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that rounds a layer's input to its grid, as long as the layer holds this (quantized) weight."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if module._parameters["weight"] is not weight:  # the full-precision model's turn
+            return args
+        return (fake_quantize_activations(args[0], act_scale), *args[1:])
+
+    return hook

@@ -57,6 +57,11 @@ class LayerPlan:
         """Number of weights."""
         return self.info.out_features * self.info.in_features
 
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """The statistics of its input that its solver and its activations need."""
+        return self.solver.needs | (frozenset({Stat.ABS_MAX}) if self.scheme.act_static else frozenset())
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,8 +91,8 @@ class Plan:
 
     @cached_property
     def needs(self) -> frozenset[Stat]:
-        """The statistics that some layer's solver or some transform needs."""
-        return self.transform_needs.union(*(layer.solver.needs for layer in self.layers))
+        """The statistics that some layer or some transform needs."""
+        return self.transform_needs.union(*(layer.needs for layer in self.layers))
 
     @property
     def transform_needs(self) -> frozenset[Stat]:
@@ -136,8 +141,8 @@ class Plan:
 
     @cached_property
     def measures_head(self) -> bool:
-        """Whether the output head's solver needs statistics of its input."""
-        return any(layer.info.block is None and layer.solver.needs for layer in self.layers)
+        """Whether the output head needs statistics of its input."""
+        return any(layer.info.block is None and layer.needs for layer in self.layers)
 
     @cached_property
     def replaced(self) -> frozenset[str]:
@@ -239,7 +244,7 @@ class Plan:
             return 0
         inputs: dict[int | None, set[str]] = {}
         for layer in self.layers:
-            if layer.solver.needs and layer.info.block is not None:  # experts need one pass, however many they are
+            if layer.needs and layer.info.block is not None:  # experts need one pass, however many they are
                 name = input_group(layer.info.name) if layer.info.expert is None else layer.info.expert.module
                 inputs.setdefault(layer.info.block, set()).add(name)
         if not self.recipe.true_sequential:
@@ -443,7 +448,15 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
             skipped.append((info.name, _why_skipped(info, recipe)))
             continue
         if info.block is None:
-            _check_outside(info, choice[1], is_head=info.name == head)
+            _check_outside(info, *choice, is_head=info.name == head)
+        if info.expert is not None and choice[0].act_bits is not None:
+            raise RecipeError(
+                message(
+                    info.name,
+                    f"{choice[0]}: the activations of experts stay in floating point",
+                    f'add the rule {{match: "{info.name.rsplit(".", 2)[0]}.*", scheme: w8a16}} or choose such a scheme',
+                )
+            )
         layers.append(LayerPlan(info, *choice))
     named = {info.name for info in skeleton.linears}
     skipped += [(name, _ROUTER) for name in skeleton.routers if name not in named]
@@ -451,7 +464,7 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
     return tuple(layers), tuple(skipped)
 
 
-def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
+def _check_outside(info: LinearInfo, scheme: QuantScheme, solver: Solver, is_head: bool) -> None:
     """Outside of the blocks only the output head's input is measured, and there is no full-precision one beside it."""
     if solver.needs and not is_head:
         raise RecipeError(
@@ -459,6 +472,14 @@ def _check_outside(info: LinearInfo, solver: Solver, is_head: bool) -> None:
                 info.name,
                 f"method {solver.name} measures the layers inside of the blocks and the output head only",
                 "add method: rtn to the rule that quantizes it",
+            )
+        )
+    if scheme.act_static and not is_head:
+        raise RecipeError(
+            message(
+                info.name,
+                f"the static activations of {scheme} are measured inside of the blocks and at the output head only",
+                "give the rule that quantizes it dynamic activations, such as w8a8",
             )
         )
     if Stat.DRIFT in solver.needs:
@@ -623,6 +644,7 @@ def encoded_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -
         torch.empty(rows, groups, dtype=dtype, device="meta"),
         torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         layer.scheme,
+        act_scale=1.0 if layer.scheme.act_static else None,
     )
     return sum(t.numel() * t.element_size() for t in fmt.encode(q).values())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+import struct
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ class QuantizedTensor:
         codes: uint8 [out, in], unsigned, below ``2**bits``.
         scale: [out, groups], in the floating-point dtype that ships.
         zero_point: uint8 [out, groups]; symmetric: ``2**(bits-1)``.
-        scheme: bits, group size, symmetry.
+        scheme: bits, group size, symmetry, activations.
         g_idx: int32 [in], the group of each column; None: contiguous groups, ``g(i) = i // group_size``.
+        act_scale: of static activations: what the input is divided by before it is rounded to codes of
+            ``act_bits``; positive, and a float32 number exactly. None for all other schemes.
 
     Raises:
         ValueError: shapes or dtypes that contradict each other.
@@ -31,6 +35,7 @@ class QuantizedTensor:
     zero_point: Tensor
     scheme: QuantScheme
     g_idx: Tensor | None = None
+    act_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.uint8 or self.codes.ndim != 2:
@@ -48,6 +53,10 @@ class QuantizedTensor:
             raise ValueError(
                 f"g_idx must be int32 [{self.in_features}], not {self.g_idx.dtype} {list(self.g_idx.shape)}"
             )
+        if (self.act_scale is not None) != self.scheme.act_static:
+            raise ValueError(f"act_scale={self.act_scale} does not go with {self.scheme}: static activations have one")
+        if self.act_scale is not None and not _is_scale(self.act_scale):
+            raise ValueError(f"act_scale must be positive, finite and a float32 number, not {self.act_scale!r}")
 
     @property
     def out_features(self) -> int:
@@ -61,14 +70,21 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The quantized weight of output rows ``start:stop`` (rows are independent of each other)."""
-        return QuantizedTensor(
-            self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop], self.scheme, self.g_idx
+        return replace(
+            self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero_point=self.zero_point[start:stop]
         )
 
     def digest(self) -> str:
-        """sha256 over scheme, codes, scale and zero points: equal digests mean equal decoded weights."""
+        """sha256 over scheme, codes, scales and zero points: equal digests mean equal decoded layers."""
         sha = hashlib.sha256(f"{self.scheme} {list(self.codes.shape)} {self.scale.dtype}".encode())
         for part in (self.codes, self.scale, self.zero_point, self.g_idx):
             if part is not None:
                 sha.update(part.flatten().contiguous().cpu().view(torch.uint8).numpy().data)
+        if self.act_scale is not None:
+            sha.update(struct.pack("<f", self.act_scale))
         return sha.hexdigest()
+
+
+def _is_scale(value: float) -> bool:
+    """Whether this is a positive float32 number. Others would not come back from a tensor as they were."""
+    return 0 < value < math.inf and float(torch.tensor(value, dtype=torch.float32)) == value

@@ -1,28 +1,34 @@
-"""What a quantized weight looks like: bits, groups, symmetry. No tensors, no defaults that depend on a model."""
+"""What a quantized layer looks like: bits, groups, symmetry, activations. No tensors, no model-dependent defaults."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from quantkit.errors import SchemeError, message
 
 MIN_BITS, MAX_BITS = 2, 8
+_ACT_BITS = 8
 _NAME = re.compile(
-    r"w(?P<bits>\d{1,3})a(?P<act>\d{1,3})(?:_(?:g(?P<group>\d{1,9})|(?P<channel>channel)))?(?:_(?P<sym>sym|asym))?"
+    r"w(?P<bits>\d{1,3})a(?P<act>\d{1,3})(?:_(?P<static>static))?"
+    r"(?:_(?:g(?P<group>\d{1,9})|(?P<channel>channel)))?(?:_(?P<sym>sym|asym))?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """Integer quantization of a weight ``[out_features, in_features]``.
+    """Integer quantization of a weight ``[out_features, in_features]`` and, where asked, of what it is multiplied by.
+
+    Quantized activations are symmetric. Their scale is one per token, found anew from each token (dynamic), or one
+    per tensor, found by calibration (static).
 
     Attributes:
         bits: width of one code, 2 to 8.
         group_size: input columns that share a scale; None is one scale per output channel.
         symmetric: True fixes the zero point at ``2**(bits-1)``.
-        act_bits: width of the activations; None keeps them in floating point ("a16").
+        act_bits: width of the activations: 8, or None, which keeps them in floating point ("a16").
+        act_static: True is the static activation scale; only with ``act_bits``.
 
     Raises:
         SchemeError: a value outside of these ranges.
@@ -32,6 +38,7 @@ class QuantScheme:
     group_size: int | None
     symmetric: bool = True
     act_bits: int | None = None
+    act_static: bool = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
@@ -53,9 +60,21 @@ class QuantScheme:
             raise SchemeError(
                 message("scheme", f"symmetric={self.symmetric!r} is not a truth value", "choose true or false")
             )
-        if self.act_bits is not None:
+        if self.act_bits is not None and (isinstance(self.act_bits, bool) or self.act_bits != _ACT_BITS):
             raise SchemeError(
-                message("scheme", f"act_bits={self.act_bits!r} is not supported", "activations stay 16-bit: null (a16)")
+                message(
+                    "scheme",
+                    f"act_bits={self.act_bits!r} is not supported",
+                    f"choose {_ACT_BITS} (a8), or null, which keeps activations in floating point (a16)",
+                )
+            )
+        if not isinstance(self.act_static, bool):
+            raise SchemeError(
+                message("scheme", f"act_static={self.act_static!r} is not a truth value", "choose true or false")
+            )
+        if self.act_static and self.act_bits is None:
+            raise SchemeError(
+                message("scheme", "act_static=True without quantized activations", f"set act_bits: {_ACT_BITS} too")
             )
 
     @property
@@ -67,6 +86,11 @@ class QuantScheme:
     def mid(self) -> int:
         """The zero point of a symmetric grid: ``2**(bits-1)``."""
         return 1 << (self.bits - 1)
+
+    @property
+    def weight_only(self) -> QuantScheme:
+        """The same grid for the weight, with activations in floating point: what a solver is asked for."""
+        return self if self.act_bits is None else replace(self, act_bits=None, act_static=False)
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns that share a scale in a layer with ``in_features`` columns."""
@@ -99,7 +123,8 @@ class QuantScheme:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
-        return f"w{self.bits}a16_{group}_{'sym' if self.symmetric else 'asym'}"
+        activations = "a16" if self.act_bits is None else f"a{self.act_bits}{'_static' if self.act_static else ''}"
+        return f"w{self.bits}{activations}_{group}_{'sym' if self.symmetric else 'asym'}"
 
 
 def legal_group_sizes(in_features: int, smallest: int = 16, largest: int = 256) -> tuple[int, ...]:
@@ -109,10 +134,10 @@ def legal_group_sizes(in_features: int, smallest: int = 16, largest: int = 256) 
 
 
 def parse_scheme(name: str) -> QuantScheme:
-    """The scheme that a name such as ``w4a16``, ``w4a16_g64``, ``w3a16_g128_asym`` or ``w8a16_channel`` means.
+    """The scheme that a name such as ``w4a16``, ``w4a16_g64``, ``w3a16_g128_asym`` or ``w8a8_static`` means.
 
     Without a group, widths below 8 have groups of 128 and 8 bits one scale per channel, as is usual for these
-    names; without ``sym`` or ``asym`` the grid is symmetric.
+    names; without ``sym`` or ``asym`` the grid is symmetric; without ``static`` 8-bit activations are dynamic.
 
     Raises:
         SchemeError: not such a name.
@@ -123,9 +148,15 @@ def parse_scheme(name: str) -> QuantScheme:
             message(
                 "scheme",
                 f"{name!r} is not a scheme",
-                "write w<bits>a16[_g<size>|_channel][_sym|_asym], such as w4a16_g128",
+                "write w<bits>a16 or w<bits>a8[_static], then [_g<size>|_channel][_sym|_asym], such as w4a16_g128",
             )
         )
     bits, act = int(found["bits"]), int(found["act"])
     group = None if found["channel"] or (found["group"] is None and bits >= MAX_BITS) else int(found["group"] or 128)
-    return QuantScheme(bits, group, symmetric=found["sym"] != "asym", act_bits=None if act == 16 else act)
+    return QuantScheme(
+        bits,
+        group,
+        symmetric=found["sym"] != "asym",
+        act_bits=None if act == 16 else act,
+        act_static=found["static"] is not None,
+    )

@@ -74,7 +74,22 @@ def random_weight(
     codes = torch.randint(scheme.levels, (out_features, in_features), generator=random, dtype=torch.uint8)
     group = torch.arange(in_features, dtype=torch.int32) // scheme.columns_per_group(in_features)
     g_idx = group[torch.randperm(in_features, generator=random)] if act_order else None
-    return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme, g_idx)
+    act_scale = 2.0**-6 if scheme.act_static else None
+    return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme, g_idx, act_scale)
+
+
+def quantized_activations(x: Tensor, act_scale: float | None) -> tuple[Tensor, Tensor]:
+    """Codes int64 [..., in] and scales float32 [..., 1] of activations, written from the definition.
+
+    The division is in float32, as everywhere: in float64 it would round values that lie half-way differently.
+    """
+    real = x.to(torch.promote_types(x.dtype, torch.float32))
+    if act_scale is None:
+        scale = real.abs().max(-1, keepdim=True).values / 127.5
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    else:
+        scale = torch.full_like(real[..., :1], act_scale)
+    return (real / scale).round().clamp(-128, 127).long(), scale
 
 
 def exact_weight(q: QuantizedTensor) -> Tensor:
@@ -93,6 +108,7 @@ def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
     assert torch.equal(a.codes, b.codes)
     assert torch.equal(a.scale, b.scale)
     assert torch.equal(a.zero_point, b.zero_point)
+    assert a.act_scale == b.act_scale
     assert (a.g_idx is None) == (b.g_idx is None)
     assert a.g_idx is None or b.g_idx is None or torch.equal(a.g_idx, b.g_idx)
 

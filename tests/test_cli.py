@@ -205,7 +205,8 @@ def test_recipe_errors(refused: Callable[..., str], tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_together(refused: Callable[..., str], tmp_path: Path, tiny: Callable[[str], Path]) -> None:
-    assert "act_bits=8" in refused("builtin", "--scheme", "w8a8")
+    assert "act_bits=4" in refused("builtin", "--scheme", "w4a4")
+    assert "write w8a8_channel" in refused("builtin", "--scheme", "w8a8_g64")
     assert "bits=9" in refused("builtin", "--scheme", "w9a16")
     recipe = tmp_path / "r.yaml"
     recipe.write_text("min_share: 0.9\n")

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.grid import SHRINK, Grids, choose_qparams, dequantize, quantize, quantize_groups, search_qparams
+from quantkit.grid import (
+    SHRINK,
+    Grids,
+    activation_scale,
+    choose_qparams,
+    dequantize,
+    fake_quantize_activations,
+    quantize,
+    quantize_activations,
+    quantize_groups,
+    search_qparams,
+)
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -344,3 +355,84 @@ def test_the_search_keeps_what_cannot_be_bettered() -> None:
     for importance in (None, torch.zeros(4)):
         scale, zero_point = search_qparams(groups, scheme, torch.float32, importance)
         assert (scale.tolist(), zero_point.tolist()) == ([1.0, 1.0], [0, 0])
+
+
+# Activations
+
+
+def tokens(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tokens of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 10.0 ** torch.randint(-6, 4, (*shape[:-1], 1), generator=generator)
+    return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**20), st.integers(1, 9), st.integers(1, 70), st.sampled_from((*DTYPES, torch.float64)))
+def test_dynamic_activations(seed: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Every value lies within half a step of its code, and the largest of a token is 127.5 steps."""
+    x = tokens(seed, rows, columns, dtype=dtype)
+    codes, scale = quantize_activations(x)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (codes.dtype, scale.dtype, codes.shape, scale.shape) == (wide, wide, x.shape, (rows, 1))
+    assert torch.equal(codes, codes.round())
+    assert int(codes.min()) >= -128
+    assert int(codes.max()) <= 127
+    exact = x.double()
+    largest = exact.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(scale.double(), (largest / 127.5).where(largest > 0, 1.0), rtol=1e-6, atol=1e-45)
+    assert bool(((codes.double() * scale.double() - exact).abs() <= scale.double() * (0.5 + 1e-4)).all())
+    torch.testing.assert_close(fake_quantize_activations(x), (codes * scale).to(dtype), rtol=0, atol=0)
+
+
+def test_one_token_is_one_row_however_tokens_are_arranged() -> None:
+    x = tokens(3, 2, 3, 5)
+    codes, scale = quantize_activations(x)
+    for i in range(2):
+        for j in range(3):
+            own, own_scale = quantize_activations(x[i, j])
+            assert torch.equal(own, codes[i, j])
+            assert torch.equal(own_scale, scale[i, j])
+
+
+def test_static_activations_saturate() -> None:
+    x = torch.tensor([[0.26, -0.24, 63.4, 63.6, 1e9, -64.1, -1e9, float("inf")]])
+    codes, scale = quantize_activations(x, 0.5)
+    assert codes.tolist() == [[1, 0, 127, 127, 127, -128, -128, 127]]
+    assert scale.tolist() == [[0.5]]
+    assert x[0, 0] == 0.26  # not changed
+    same, _ = quantize_activations(x, torch.tensor([0.5]))
+    assert torch.equal(same, codes)
+
+
+def test_halves_are_rounded_to_even_as_by_the_clients() -> None:
+    codes, _ = quantize_activations(torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5]), 1.0)
+    assert codes.tolist() == [0, 2, 2, 0, -2]
+
+
+def test_a_token_of_zeros_and_no_token() -> None:
+    codes, scale = quantize_activations(torch.tensor([[0.0, 0.0], [1.0, -127.5]]))
+    assert codes.tolist() == [[0, 0], [1, -128]]
+    assert scale.tolist() == [[1.0], [1.0]]
+    assert fake_quantize_activations(torch.zeros(0, 3)).shape == (0, 3)
+    assert fake_quantize_activations(torch.zeros(0, 3), 0.5).shape == (0, 3)
+
+
+@pytest.mark.parametrize("static_scale", [None, 0.5])
+def test_a_nan_spoils_its_token_and_no_other(static_scale: float | None) -> None:
+    """Integers hold no NaN, so the scale must."""
+    x = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 2.0, 3.0]])
+    _, scale = quantize_activations(x, static_scale)
+    assert bool(scale[0].isnan())
+    assert bool(scale[1].isfinite())
+    if static_scale is None:
+        _, scale = quantize_activations(torch.tensor([[1.0, float("-inf")]]))
+        assert not bool(scale.isfinite())
+
+
+def test_the_static_scale_is_one_that_ships() -> None:
+    assert activation_scale(127.5, torch.float32) == 1.0
+    assert activation_scale(100.0, torch.bfloat16) == float(torch.tensor(100 / 127.5).bfloat16())
+    assert activation_scale(1e-12, torch.float16) > 0
+    with pytest.raises(SchemeError, match=r"does not fit in torch\.float16"):
+        activation_scale(1e8, torch.float16)

@@ -24,7 +24,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("qtensor", "stats", "text"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),
-    ("linear", "checkpoint", "source", "report", "activations", "perplexity"),
+    ("linear", "checkpoint", "source", "report", "activations", "perplexity", "static_activations"),
     ("recipe", "skeleton", "staging"),
     ("capture", "plan", "loader"),
     ("head", "routing", "transforming"),

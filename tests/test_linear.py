@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,3 +247,91 @@ class TestStateDict:
         other = QuantLinear.from_linear(dense(128, 48), "w8a16")
         with pytest.raises(RuntimeError, match="packed words must be int32"):
             layer.load_state_dict(other.state_dict())
+
+
+class TestQuantizedActivations:
+    @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
+    def test_from_linear(self, dtype: torch.dtype) -> None:
+        """The error against the dense layer is what half a step in x and in W explains."""
+        linear = dense(100, 37, dtype=dtype)
+        layer = QuantLinear.from_linear(linear, "w8a8")
+        assert layer.backend == "cpu_int8"
+        x = normal(3, 5, 100).to(dtype)
+        weight = linear.weight.double()
+        step_x = x.double().abs().amax(-1, keepdim=True) / 127.5
+        step_w = (weight.abs().amax(-1) / 127.5)[None]
+        bound = 0.5 * step_x * weight.abs().sum(-1) + 0.5 * step_w * (x.double().abs() + step_x / 2).sum(
+            -1, keepdim=True
+        )
+        error = (layer(x).double() - linear(x).double()).abs()
+        assert bool((error <= 1.02 * bound + 4 * torch.finfo(dtype).eps * linear(x).double().abs().amax()).all())
+        assert float(error.detach().max()) > 0
+
+    def test_moves_between_dtypes_and_backends(self) -> None:
+        layer = QuantLinear.from_linear(dense(96, 24, dtype=torch.float32), "w8a8_asym")
+        before = layer.quantized()
+        for dtype, backend in ((BF16, "cpu_int8"), (torch.float64, "simulated"), (torch.float32, "cpu_int8")):
+            layer = layer.to(dtype)
+            assert (layer.backend, layer.spec.dtype) == (backend, dtype)
+            assert_same(layer.quantized(), before)
+        simulated = QuantLinear(before, dtype=torch.float32, backend="simulated")
+        x = normal(4, 96)
+        torch.testing.assert_close(QuantLinear(before, dtype=torch.float32)(x), simulated(x), rtol=1e-5, atol=1e-4)
+
+    def test_groups_are_simulated_and_say_so(self) -> None:
+        assert "backend=simulated" in repr(QuantLinear.from_linear(dense(96, 24), "w8a8_g32"))
+
+    @pytest.mark.parametrize("static", [True, False])
+    def test_state_dict_pickle_and_copy(self, static: bool) -> None:
+        """oneDNN's packed weight has no storage to copy, so the portable form is what travels."""
+        q = random_weight(QuantScheme(8, None, act_bits=8, act_static=static), 24, 33)
+        layer = QuantLinear(q, normal(24), dtype=torch.float32)
+        state = layer.state_dict()
+        assert ("act_scale" in state) == static
+        x = normal(4, 33)
+        other = QuantLinear(replace(q, codes=q.codes.flip(0)), torch.zeros(24), dtype=torch.float32)
+        other.load_state_dict(state)
+        file = io.BytesIO()
+        torch.save(nn.Sequential(layer), file)
+        file.seek(0)
+        read = torch.load(file, weights_only=False)[0]
+        for again in (other, copy.deepcopy(layer), read):
+            assert_same(again.quantized(), q)
+            assert torch.equal(again(x), layer(x))
+            assert again.backend == "cpu_int8"
+            assert again.state_dict().keys() == state.keys()
+        assert_same(layer.quantized(), q)
+
+    def test_a_copy_of_any_backend_is_whole(self) -> None:
+        layer = QuantLinear.from_linear(dense(128, 48).eval(), "w4a16_g64")
+        again = copy.deepcopy(layer)
+        assert (again.backend, again.training) == ("cpu", False)
+        x = normal(2, 128).to(BF16)
+        assert torch.equal(again(x), layer(x))
+        assert torch.equal(again.to(torch.float32)(x.float()), layer.to(torch.float32)(x.float()))
+
+    def test_the_gradient_of_x_passes_straight_through(self) -> None:
+        layer = QuantLinear.from_linear(dense(96, 24, dtype=torch.float32), "w8a8")
+        x = normal(4, 96).requires_grad_()
+        grad = normal(4, 24, seed=3)
+        y = layer(x)
+        y.backward(grad)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, grad @ layer.dequantize(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(y.detach(), layer(x.detach()))
+
+    def test_static_activations_need_calibration(self) -> None:
+        with pytest.raises(SchemeError, match="static activations need calibration"):
+            QuantLinear.from_linear(dense(96, 24), "w8a8_static")
+        net = nn.Sequential(dense(96, 24))
+        with pytest.raises(SchemeError, match="static activations need calibration"):
+            replace_linears(net, "w8a8_static")
+        assert isinstance(net[0], nn.Linear)
+
+    def test_replace_linears(self) -> None:
+        net = nn.Sequential(dense(64, 33), nn.GELU(), dense(33, 7))
+        x = normal(5, 64).to(BF16)
+        exact = net(x).double()
+        replaced = replace_linears(net, "w8a8")
+        assert {layer.backend for layer in replaced.values()} == {"cpu_int8"}
+        assert float((net(x).double() - exact).norm() / exact.norm()) < 0.03

@@ -15,7 +15,7 @@ from quantkit.recipe import make_recipe
 from quantkit.skeleton import check_complete
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g16_asym", "w8a16", "w5a16_channel_asym"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g16_asym", "w8a16", "w5a16_channel_asym", "w8a8", "w8a8_asym"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gpt_neox"])
 def test_projected_size_is_the_size(family: str, scheme: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     result = quantkit.quantize(tiny(family), tmp_path / "q", recipe={"scheme": scheme, "method": "rtn"})

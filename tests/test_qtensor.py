@@ -137,3 +137,34 @@ def test_the_scale_dtype_is_part_of_the_digest() -> None:
     q = make()
     scale = torch.ones_like(q.scale)
     assert replace(q, scale=scale).digest() != replace(q, scale=scale.bfloat16()).digest()
+
+
+def static(act_scale: float | None = 0.5, *, act_static: bool = True) -> QuantizedTensor:
+    """6 x 8, one scale a row, with 8-bit activations."""
+    codes = torch.arange(48, dtype=torch.uint8).view(6, 8)
+    scheme = QuantScheme(8, None, act_bits=8, act_static=act_static)
+    zero_point = torch.full((6, 1), 128, dtype=torch.uint8)
+    return QuantizedTensor(codes, torch.ones(6, 1), zero_point, scheme, act_scale=act_scale)
+
+
+def test_static_activations_have_a_scale_and_no_others() -> None:
+    assert static().rows(2, 4).act_scale == 0.5
+    for act_scale, act_static in ((None, True), (0.5, False)):
+        with pytest.raises(ValueError, match="static activations have one"):
+            static(act_scale, act_static=act_static)
+    with pytest.raises(ValueError, match="static activations have one"):
+        replace(make(), act_scale=0.5)
+
+
+@pytest.mark.parametrize("act_scale", [0.0, -1.0, float("inf"), float("nan"), 0.1, 1e-60])
+def test_an_activation_scale_is_a_positive_float32(act_scale: float) -> None:
+    """0.1 is no float32 number: it would come back from a tensor as 0.10000000149."""
+    with pytest.raises(ValueError, match="act_scale must be positive, finite and a float32 number"):
+        static(act_scale)
+
+
+def test_the_digest_covers_the_activations() -> None:
+    digests = {static(0.5).digest(), static(0.25).digest(), static(None, act_static=False).digest()}
+    weight_only = replace(static(None, act_static=False), scheme=QuantScheme(8, None))
+    assert len(digests | {weight_only.digest()}) == 4
+    assert static().digest() == static().digest()

@@ -101,7 +101,7 @@ def test_an_option_of_another_method_is_not_proposed() -> None:
         ("scheme: [w4a16]", 1, "scheme"),
         ("scheme: null", 1, "scheme"),
         ("dtype: auto\nscheme: w9a16", 2, "scheme"),
-        ("scheme: w4a8", 1, "scheme"),
+        ("scheme: w4a4", 1, "scheme"),
         ("scheme: int4", 1, "scheme"),
         ("scheme:\n  group_size: 128", 1, "scheme.bits"),
         ("scheme:\n  bits: 4", 1, "scheme.group_size"),

@@ -15,7 +15,9 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe(path: Path, tmp_path: Path) -> None:
     recipe = make_recipe(load_recipe(path))
-    assert path.stem.startswith(f"w{recipe.scheme.bits}a16") or path.stem.startswith("mixed")
+    scheme = str(recipe.scheme).partition("_")[0]
+    assert path.stem.startswith((f"{scheme}-", "mixed"))
+    assert recipe.scheme.act_static == ("-static-" in path.stem)
     names = {recipe.method.name, *(transform.name for transform in recipe.transforms)}
     assert any(name in path.stem for name in names) or path.stem.startswith("mixed")
     assert make_recipe(parse_recipe(recipe.to_yaml(), "again")) == recipe
@@ -24,4 +26,6 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {"w4a16-rtn", "w4a16-gptq", "w8a16-rtn"} <= {path.stem for path in RECIPES}
+    assert {"w4a16-rtn", "w4a16-gptq", "w8a16-rtn", "w8a8-rtn", "w8a8-gptq", "w8a8-static-gptq"} <= {
+        path.stem for path in RECIPES
+    }

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from quantkit.errors import InputError, SchemeError
 from quantkit.scheme import QuantScheme, legal_group_sizes, parse_scheme
 
+ACTIVATIONS = st.sampled_from([(None, False), (8, False), (8, True)])
 SCHEMES = st.builds(
-    QuantScheme,
+    lambda bits, group_size, symmetric, activations: QuantScheme(bits, group_size, symmetric, *activations),
     bits=st.integers(2, 8),
     group_size=st.none() | st.integers(1, 4096),
     symmetric=st.booleans(),
+    activations=ACTIVATIONS,
 )
 
 
@@ -35,6 +37,10 @@ SCHEMES = st.builds(
         ("w2a16_g32_asym", QuantScheme(2, 32, symmetric=False)),
         ("w8a16_channel_sym", QuantScheme(8, None, symmetric=True)),
         (" W4A16_G128_SYM\n", QuantScheme(4, 128)),
+        ("w8a8", QuantScheme(8, None, act_bits=8)),
+        ("w8a8_static", QuantScheme(8, None, act_bits=8, act_static=True)),
+        ("w8a8_static_channel_asym", QuantScheme(8, None, symmetric=False, act_bits=8, act_static=True)),
+        ("w4a8_g64", QuantScheme(4, 64, act_bits=8)),
     ],
 )
 def test_names_and_their_defaults(name: str, scheme: QuantScheme) -> None:
@@ -49,7 +55,7 @@ def test_the_text_of_a_scheme_is_its_name(scheme: QuantScheme) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "w4", "4bit", "int4", "w4a16g128", "w4a16_128", "w4a16_g", "w4a16_g-1", "w4a16_sym_g128", "w4a16_g64_channel",
-     "w4a16 g128", "w-4a16", "w4.5a16", "xw4a16", "w4a16_symm", "w4a16_g1e2"],
+     "w8a8_dynamic", "w8a8_channel_static", "w4a16 g128", "w-4a16", "w4.5a16", "xw4a16", "w4a16_symm", "w4a16_g1e2"],
 )  # fmt: skip
 def test_what_is_not_a_name_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(SchemeError) as caught:
@@ -59,7 +65,9 @@ def test_what_is_not_a_name_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["w1a16", "w9a16", "w0a16", "w16a16", "w4a16_g0", "w4a8", "w8a8", "w4a4_g128"])
+@pytest.mark.parametrize(
+    "name", ["w1a16", "w9a16", "w0a16", "w16a16", "w4a16_g0", "w4a4_g128", "w8a9", "w8a32", "w8a0", "w8a16_static"]
+)
 def test_names_of_impossible_schemes_are_refused(name: str) -> None:
     with pytest.raises(SchemeError) as caught:
         parse_scheme(name)
@@ -83,10 +91,25 @@ def test_group_sizes_out_of_range(group_size: Any) -> None:
         QuantScheme(4, group_size)
 
 
-@pytest.mark.parametrize("act_bits", [8, 16, 4, 0])
-def test_quantized_activations_are_refused(act_bits: int) -> None:
-    with pytest.raises(SchemeError, match="act_bits"):
-        QuantScheme(4, 128, act_bits=act_bits)
+@pytest.mark.parametrize("act_bits", [16, 4, 0, 7, -8, True, "8"])
+def test_other_widths_of_activations_are_refused(act_bits: Any) -> None:
+    with pytest.raises(SchemeError, match=r"act_bits=.*choose 8 \(a8\), or null"):
+        QuantScheme(8, None, act_bits=act_bits)
+
+
+def test_static_activations_are_quantized_ones() -> None:
+    with pytest.raises(SchemeError, match="set act_bits: 8"):
+        QuantScheme(8, None, act_static=True)
+    with pytest.raises(SchemeError, match="act_static='yes' is not a truth value"):
+        QuantScheme(8, None, act_bits=8, act_static="yes")  # type: ignore[arg-type]
+
+
+@given(SCHEMES)
+def test_the_weights_of_a_scheme(scheme: QuantScheme) -> None:
+    weight = scheme.weight_only
+    assert (weight.act_bits, weight.act_static) == (None, False)
+    assert (weight.bits, weight.group_size, weight.symmetric) == (scheme.bits, scheme.group_size, scheme.symmetric)
+    assert (weight == scheme) == (scheme.act_bits is None)
 
 
 @pytest.mark.parametrize("symmetric", ["asym", "false", None, 1])

@@ -5,11 +5,29 @@ from __future__ import annotations
 from quantkit.errors import KernelError, message
 from quantkit.kernels.base import KernelBackend, LinearSpec
 from quantkit.kernels.cpu import CpuBackend
+from quantkit.kernels.int8 import CpuInt8Backend, CudaInt8Backend
 from quantkit.kernels.reference import ReferenceBackend
+from quantkit.kernels.simulated import SimulatedBackend
 
-__all__ = ["BACKENDS", "CpuBackend", "KernelBackend", "LinearSpec", "ReferenceBackend", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "CpuBackend",
+    "CpuInt8Backend",
+    "CudaInt8Backend",
+    "KernelBackend",
+    "LinearSpec",
+    "ReferenceBackend",
+    "SimulatedBackend",
+    "choose_backend",
+]
 
-BACKENDS: tuple[KernelBackend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[KernelBackend, ...] = (
+    CpuBackend(),
+    CpuInt8Backend(),
+    CudaInt8Backend(),
+    ReferenceBackend(),
+    SimulatedBackend(),
+)
 """Every backend, the fastest first."""
 
 

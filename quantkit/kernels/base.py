@@ -27,7 +27,7 @@ class LinearSpec:
     Attributes:
         in_features: columns of the weight.
         out_features: rows of the weight.
-        scheme: bits, group size, symmetry.
+        scheme: bits, group size, symmetry, and whether activations are quantized before they are multiplied.
         dtype: floating-point dtype of the activations, in and out.
         device_type: "cpu", "cuda", ...
         has_g_idx: True when the columns of a group are not contiguous.
@@ -70,7 +70,8 @@ class KernelBackend(Protocol):
         ...
 
     def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
-        """``x @ Wᵀ``. Not differentiable; :class:`quantkit.linear.QuantLinear` is.
+        """``x @ Wᵀ``, x rounded to its grid where the scheme quantizes activations
+        (:func:`quantkit.grid.quantize_activations`). Not differentiable; :class:`quantkit.linear.QuantLinear` is.
 
         Args:
             x: ``spec.dtype`` [..., in], any strides.
@@ -117,6 +118,25 @@ def zero_point_rows(packed: Mapping[str, Tensor], scale: Tensor, scheme: QuantSc
     if scheme.symmetric:
         return torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
     return packed["zero_point"][start : start + scale.shape[0]]
+
+
+def act_scale_tensor(q: QuantizedTensor) -> Tensor:
+    """The static activation scale as the tensor that backends pack: float32 [1], on the weight's device."""
+    return torch.tensor([q.act_scale], dtype=torch.float32, device=q.codes.device)
+
+
+def act_scale_of(packed: Mapping[str, Tensor], scheme: QuantScheme) -> float | None:
+    """The inverse of :func:`act_scale_tensor`; None for a scheme without static activations.
+
+    Raises:
+        ValueError: not one float32 number.
+    """
+    if not scheme.act_static:
+        return None
+    stored = packed["act_scale"]
+    if list(stored.shape) != [1] or stored.dtype != torch.float32:
+        raise ValueError(f"act_scale must be float32 [1], not {stored.dtype} {list(stored.shape)}")
+    return float(stored)
 
 
 def row_blocks(spec: LinearSpec, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -53,6 +53,8 @@ class CpuBackend:
         num_weights = spec.in_features * spec.out_features
         if spec.device_type != "cpu":
             return f"the device {spec.device_type}; it runs on cpu"
+        if spec.scheme.act_bits is not None:
+            return "quantized activations; it multiplies by activations in floating point"
         if spec.dtype != torch.bfloat16:
             return f"activations of {spec.dtype}; torch's operators are slow in all but bfloat16"
         if spec.has_g_idx:

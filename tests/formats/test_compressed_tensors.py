@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,106 @@ def test_a_group_size_that_does_not_divide() -> None:
 def test_reordered_groups_are_refused() -> None:
     g_idx = (torch.arange(48) % 3).to(torch.int32)
     assert "g_idx" in refused(encoded() | {"weight_g_idx": g_idx})
+
+
+# int-quantized: 8-bit weights and activations
+
+
+def int8(symmetric: bool = True, static: bool = False, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    """The golden codes (3k + 5n) % 256 and zero points n, in one group a row."""
+    k, n = torch.arange(64), torch.arange(32)
+    codes = ((3 * k[None, :] + 5 * n[:, None]) % 256).to(torch.uint8)
+    zero_point = torch.full((32, 1), 128) if symmetric else n[:, None]
+    scheme = QuantScheme(8, None, symmetric, act_bits=8, act_static=static)
+    scale = torch.ones(32, 1, dtype=dtype)
+    return QuantizedTensor(codes, scale, zero_point.to(torch.uint8), scheme, act_scale=0.0625 if static else None)
+
+
+def test_golden_bytes_of_int_quantized() -> None:
+    """Codes minus 128: 00 03 06 … becomes 80 83 86 …, and 125 + 3 becomes 0."""
+    tensors = FORMAT.encode(int8(symmetric=False, static=True))
+    found = {name: (t.dtype, list(t.shape)) for name, t in tensors.items()}
+    assert found == {
+        "weight": (torch.int8, [32, 64]),
+        "weight_scale": (torch.bfloat16, [32, 1]),
+        "weight_zero_point": (torch.int8, [32, 1]),
+        "input_scale": (torch.bfloat16, [1]),
+    }
+    assert tensors["weight"][0, :4].tolist() == [-128, -125, -122, -119]
+    assert tensors["weight"][1, 41].item() == 0
+    assert tensors["weight"][1, 63].item() == (3 * 63 + 5) - 128
+    assert bytes(tensors["weight"].view(torch.uint8)[0, :4].tolist()).hex() == "80838689"
+    assert tensors["weight_zero_point"].flatten().tolist() == list(range(-128, -96))
+    assert tensors["input_scale"].tolist() == [0.0625]
+    assert set(FORMAT.encode(int8())) == {"weight", "weight_scale"}
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+@settings(deadline=None)
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**16),
+)
+def test_decode_inverts_encode_of_int_quantized(
+    symmetric: bool, static: bool, rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    scheme = QuantScheme(8, None, symmetric, act_bits=8, act_static=static)
+    weight = make(scheme.weight_only, rows, columns, dtype, seed)
+    act_scale = float(torch.tensor(0.013 * (1 + seed)).to(dtype)) if static else None
+    q = replace(weight, scheme=scheme, act_scale=act_scale)
+    back = FORMAT.decode("layer", FORMAT.encode(q), scheme, (rows, columns))
+    assert back.digest() == q.digest()
+    assert back.act_scale == act_scale
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.zero_point, q.zero_point)
+
+
+def test_an_input_scale_with_more_digits_than_the_weights_is_kept() -> None:
+    q = replace(int8(static=True), act_scale=float(torch.tensor(0.1)))
+    tensors = FORMAT.encode(q)
+    assert tensors["input_scale"].dtype == torch.float32
+    assert FORMAT.decode("a", tensors, q.scheme, (32, 64)).digest() == q.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": None}, "weight: is missing"),
+        ({"weight": torch.zeros(32, 64)}, r"is float32 \[32, 64\]"),
+        ({"weight": torch.zeros(32, 63, dtype=torch.int8)}, r"int8 \[32, 63\]"),
+        ({"weight_scale": torch.ones(32)}, r"weight_scale: is float32 \[32\]"),
+        ({"weight_scale": torch.zeros(32, 1)}, "NaN, inf or 0"),
+        ({"weight_zero_point": torch.ones(32, 1, dtype=torch.int8)}, "weight_zero_point: is not zero"),
+        ({"input_scale": None}, "input_scale: is missing"),
+        ({"input_scale": torch.ones(2)}, r"input_scale: is float32 \[2\]"),
+        ({"input_scale": torch.tensor([0.0])}, "input_scale: is 0.0"),
+        ({"input_scale": torch.tensor([float("nan")])}, "input_scale: is nan"),
+        ({"input_zero_point": torch.tensor([3], dtype=torch.int8)}, "input_zero_point: is not zero"),
+    ],
+)
+def test_malformed_int_quantized_layers(change: dict[str, Tensor | None], reason: str) -> None:
+    q = int8(static=True)
+    tensors = {**FORMAT.encode(q), **change}
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        FORMAT.decode("a.b", {n: t for n, t in tensors.items() if t is not None}, q.scheme, (32, 64))
+    assert str(caught.value).startswith("a.b.")
+
+
+def test_zeros_that_symmetric_layers_do_not_need_are_let_through() -> None:
+    q = int8(static=True)
+    zeros = {
+        "input_zero_point": torch.zeros(1, dtype=torch.int8),
+        "weight_zero_point": torch.zeros(32, 1, dtype=torch.int8),
+    }
+    assert FORMAT.decode("a", {**FORMAT.encode(q), **zeros}, q.scheme, (32, 64)).digest() == q.digest()
+
+
+@pytest.mark.parametrize("scheme", [QuantScheme(4, None, act_bits=8), QuantScheme(8, 32, act_bits=8)], ids=str)
+def test_other_schemes_with_quantized_activations_are_refused(scheme: QuantScheme) -> None:
+    assert "write w8a8_channel" in str(FORMAT.why_not(scheme))
+    with pytest.raises(SchemeError, match="is not written"):
+        FORMAT.encode(make(scheme, 4, 64))

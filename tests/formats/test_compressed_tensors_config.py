@@ -39,7 +39,11 @@ def test_names_that_are_not_the_commonest_scheme() -> None:
     assert (weights["f",]["symmetric"], weights["f",]["zp_dtype"]) == (False, "torch.int8")
 
 
-SCHEMES = st.builds(QuantScheme, st.integers(2, 8), st.sampled_from([None, 32, 64, 128]), st.booleans())
+SCHEMES = st.builds(QuantScheme, st.integers(2, 8), st.sampled_from([None, 32, 64, 128]), st.booleans()) | st.builds(
+    lambda symmetric, static: QuantScheme(8, None, symmetric, act_bits=8, act_static=static),
+    st.booleans(),
+    st.booleans(),
+)
 NAMES = st.sampled_from([f"model.layers.{i}.{n}" for i in range(12) for n in ("q_proj", "up_proj")] + ["lm_head"])
 
 
@@ -232,3 +236,95 @@ def test_the_registry() -> None:
         format_named("awq")
     for bits in range(2, 9):
         assert FORMAT.why_not(QuantScheme(bits, 32)) is None
+
+
+# int-quantized
+
+W8A8 = QuantScheme(8, None, act_bits=8)
+STATIC = QuantScheme(8, None, act_bits=8, act_static=True)
+
+
+def test_the_config_of_w8a8() -> None:
+    config = FORMAT.write_config({"a": W8A8, "b": W8A8}, ("lm_head",))
+    (only,) = config["config_groups"].values()
+    assert (config["format"], only["format"]) == ("int-quantized", "int-quantized")
+    weights, inputs = only["weights"], only["input_activations"]
+    assert {k: weights[k] for k in ("num_bits", "type", "symmetric", "strategy", "group_size")} == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "group_size": None,
+    }
+    assert {k: inputs[k] for k in ("num_bits", "type", "symmetric", "strategy", "dynamic", "observer")} == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+        "observer": None,
+    }
+    (static,) = FORMAT.write_config({"a": STATIC}, ())["config_groups"].values()
+    assert static["input_activations"]["strategy"] == "tensor"
+    assert static["input_activations"]["dynamic"] is False
+
+
+def test_weight_only_and_w8a8_layers_in_one_checkpoint() -> None:
+    schemes = {"a": QuantScheme(4, 32), "b": W8A8, "c": QuantScheme(4, 32), "d": QuantScheme(8, None)}
+    config = FORMAT.write_config(schemes, ())
+    assert config["format"] == "mixed-precision"
+    formats = {tuple(group["targets"]): group["format"] for group in config["config_groups"].values()}
+    assert formats == {("b",): "int-quantized", ("d",): "pack-quantized", ("Linear",): "pack-quantized"}
+    assert FORMAT.read_config(config, tuple(schemes)) == schemes
+
+
+def w8a8(path: str, value: Any) -> dict[str, Any]:
+    """A W8A8 config with one value of its group changed; ``...`` leaves it out."""
+    config = FORMAT.write_config({"a": W8A8}, ())
+    owner = config["config_groups"]["group_0"]
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        owner = owner[parent]
+    if value is ...:
+        del owner[leaf]
+    else:
+        owner[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "place"),
+    [
+        ("input_activations", None, "format 'int-quantized' of a weight-only group"),
+        ("format", "pack-quantized", "format 'pack-quantized' with quantized activations"),
+        ("format", "naive-quantized", "with quantized activations"),
+        ("output_activations", {"num_bits": 8}, "quantizes outputs"),
+        ("weights.num_bits", 4, "w4a8_channel_sym in int-quantized"),
+        ("weights.strategy", "tensor", "weights.strategy"),
+        ("input_activations.num_bits", 4, "input_activations.num_bits"),
+        ("input_activations.num_bits", ..., "input_activations.num_bits"),
+        ("input_activations.type", "float", "input_activations.type"),
+        ("input_activations.symmetric", False, "input_activations.symmetric"),
+        ("input_activations.strategy", "group", "input_activations.strategy"),
+        ("input_activations.strategy", "tensor", "strategy 'tensor' and dynamic True"),
+        ("input_activations.dynamic", False, "strategy 'token' and dynamic False"),
+        ("input_activations.dynamic", "local", "input_activations.dynamic"),
+    ],
+)
+def test_w8a8_configs_that_quantkit_does_not_run(path: str, value: Any, place: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        FORMAT.read_config(w8a8(path, value), ("a",))
+    assert place in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_w8a8_in_groups_is_not_run() -> None:
+    config = w8a8("weights.strategy", "group")
+    config["config_groups"]["group_0"]["weights"]["group_size"] = 32
+    with pytest.raises(CheckpointError, match="one scale per channel"):
+        FORMAT.read_config(config, ("a",))
+
+
+def test_the_format_of_a_group_is_the_configs_where_it_says_nothing() -> None:
+    """As files from before groups had one."""
+    assert FORMAT.read_config(w8a8("format", ...), ("a",)) == {"a": W8A8}

@@ -28,7 +28,9 @@ def test_by_name() -> None:
     assert choose_backend(spec(), "reference").name == "reference"
     with pytest.raises(KernelError, match=r"float32.*cpu refuses activations of torch.float32.*slow"):
         choose_backend(spec(torch.float32), "cpu")
-    with pytest.raises(KernelError, match="no backend 'marlin'; choose one of cpu, reference"):
+    with pytest.raises(
+        KernelError, match="no backend 'marlin'; choose one of cpu, cpu_int8, cuda_int8, reference, simulated"
+    ):
         choose_backend(spec(), "marlin")
 
 
