@@ -29,14 +29,15 @@ def test_names_that_are_not_the_commonest_scheme() -> None:
     """Names first and the class last: a reader that takes the first match and one that ranks names agree."""
     schemes = {"a": QuantScheme(4, 32), "b": QuantScheme(8, None), "c": QuantScheme(4, 32), "d": QuantScheme(8, None)}
     schemes |= {"e": QuantScheme(4, 32), "f": QuantScheme(4, 32, symmetric=False)}
+    schemes = {f"layers.0.{name}": scheme for name, scheme in schemes.items()}
     groups = FORMAT.write_config(schemes, ())["config_groups"]
     targets = [group["targets"] for group in groups.values()]
-    assert sorted(targets[:-1]) == [["b", "d"], ["f"]]
+    assert sorted(targets[:-1]) == [["layers.0.b", "layers.0.d"], ["layers.0.f"]]
     assert targets[-1] == ["Linear"]
     weights = {tuple(group["targets"]): group["weights"] for group in groups.values()}
-    assert weights["b", "d"]["strategy"] == "channel"
-    assert weights["b", "d"]["group_size"] is None
-    assert (weights["f",]["symmetric"], weights["f",]["zp_dtype"]) == (False, "torch.int8")
+    assert weights["layers.0.b", "layers.0.d"]["strategy"] == "channel"
+    assert weights["layers.0.b", "layers.0.d"]["group_size"] is None
+    assert (weights["layers.0.f",]["symmetric"], weights["layers.0.f",]["zp_dtype"]) == (False, "torch.int8")
 
 
 SCHEMES = st.builds(QuantScheme, st.integers(2, 8), st.sampled_from([None, 32, 64, 128]), st.booleans()) | st.builds(
@@ -270,11 +271,16 @@ def test_the_config_of_w8a8() -> None:
 
 
 def test_weight_only_and_w8a8_layers_in_one_checkpoint() -> None:
-    schemes = {"a": QuantScheme(4, 32), "b": W8A8, "c": QuantScheme(4, 32), "d": QuantScheme(8, None)}
+    chosen = {"a": QuantScheme(4, 32), "b": W8A8, "c": QuantScheme(4, 32), "d": QuantScheme(8, None)}
+    schemes = {f"layers.0.{name}": scheme for name, scheme in chosen.items()}
     config = FORMAT.write_config(schemes, ())
     assert config["format"] == "mixed-precision"
     formats = {tuple(group["targets"]): group["format"] for group in config["config_groups"].values()}
-    assert formats == {("b",): "int-quantized", ("d",): "pack-quantized", ("Linear",): "pack-quantized"}
+    assert formats == {
+        ("layers.0.b",): "int-quantized",
+        ("layers.0.d",): "pack-quantized",
+        ("Linear",): "pack-quantized",
+    }
     assert FORMAT.read_config(config, tuple(schemes)) == schemes
 
 
