@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantkit.evaluation import EvalSpec, Evaluation, evaluate
     from quantkit.linear import QuantLinear, replace_linears
     from quantkit.loader import load
+    from quantkit.mixed import MixedPlan, plan_mixed
     from quantkit.qtensor import QuantizedTensor
     from quantkit.recipe import Recipe, Rule
     from quantkit.run import Result, quantize
@@ -55,6 +56,7 @@ _HOMES = {
     "evaluation": ("EvalSpec", "Evaluation", "evaluate"),
     "linear": ("QuantLinear", "replace_linears"),
     "loader": ("load",),
+    "mixed": ("MixedPlan", "plan_mixed"),
     "qtensor": ("QuantizedTensor",),
     "recipe": ("Recipe", "Rule"),
     "run": ("Result", "quantize"),
@@ -77,6 +79,7 @@ __all__ = [
     "InputError",
     "InterruptedRunError",
     "KernelError",
+    "MixedPlan",
     "OutputError",
     "QuantLinear",
     "QuantScheme",
@@ -92,6 +95,7 @@ __all__ = [
     "evaluate",
     "load",
     "parse_scheme",
+    "plan_mixed",
     "quantize",
     "replace_linears",
 ]

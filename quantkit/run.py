@@ -124,12 +124,12 @@ def prepare(
     check_output(target, overwrite=overwrite, resume=resume)
     placed = resolve_device(device)
     checkpoint = Checkpoint(resolve_model(model))
-    plan = make_plan(checkpoint, make_recipe(_with_length(values, checkpoint)))
+    plan = make_plan(checkpoint, make_recipe(with_length(values, checkpoint)))
     given = _own_tokens(tokens, plan) if tokens is not None else None
     spec = plan.recipe.calibration
     length = max(map(len, given.samples)) if given else spec.sequence_length
     num_tokens = given.num_tokens if given else spec.num_samples * spec.sequence_length
-    _check_length(plan, length)
+    check_length(plan, length)
     check_disk(plan, target, num_tokens)
     if placed.type == "cpu":
         check_memory(plan, num_tokens, length)
@@ -143,7 +143,7 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
     plan = prepared.plan
     for note in plan.notes:
         observer(Note(note))
-    data = prepared.tokens or (_calibrate(plan, observer) if plan.needs else None)
+    data = prepared.tokens or (calibrate(plan, observer) if plan.needs else None)
     staging = Staging(prepared.output, plan.num_shards, _identity(prepared, data), resume=resume)
     before = staging.num_done()
     if resume:
@@ -210,7 +210,7 @@ def recipe_values(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> dic
     return load_recipe(Path(recipe))
 
 
-def _with_length(values: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def with_length(values: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """A recipe that does not state the sequence length gets 2048, or the model's limit where that is shorter."""
     calibration = values.get("calibration")
     if isinstance(calibration, Mapping) and "sequence_length" in calibration:
@@ -220,7 +220,12 @@ def _with_length(values: dict[str, Any], checkpoint: Checkpoint) -> dict[str, An
     return merged(values, {"calibration": {"sequence_length": length}})
 
 
-def _check_length(plan: Plan, length: int) -> None:
+def check_length(plan: Plan, length: int) -> None:
+    """The model has a position for every token of a sample.
+
+    Raises:
+        CalibrationError: it has not.
+    """
     limit = getattr(plan.skeleton.model.config, "max_position_embeddings", None)
     if plan.needs and isinstance(limit, int) and length > limit:
         raise CalibrationError(
@@ -239,7 +244,8 @@ def _vocab_size(plan: Plan) -> int:
     return int(embedding.shape[0])
 
 
-def _calibrate(plan: Plan, observer: Observer) -> CalibrationSet:
+def calibrate(plan: Plan, observer: Observer) -> CalibrationSet:
+    """Draw the samples that a plan's recipe asks for; see :func:`quantkit.calibration.calibration_samples`."""
     spec = plan.recipe.calibration
     observer(Note(f"calibration: {spec.num_samples} x {spec.sequence_length} tokens of {spec.source}"))
     data = calibration_samples(spec, open_tokenizer(plan.checkpoint.path), vocab_size=_vocab_size(plan))

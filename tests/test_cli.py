@@ -259,3 +259,47 @@ def test_dead_layer(refused: Callable[..., str], model_copy: Path) -> None:
     text = refused(model_copy, *FEW)
     assert "model.layers.1.mlp.down_proj" in text
     assert "never activates" in text
+
+
+SMALL_PLAN = ("--num-samples", "2", "--sequence-length", "32", "--method", "rtn")
+
+
+def test_plan_writes_a_recipe_that_quantize_takes(run: Run, tmp_path: Path) -> None:
+    recipe, figures = tmp_path / "r.yaml", tmp_path / "f.json"
+    printed = run("plan", "builtin", "--bits", "4.5", "--output", recipe, *SMALL_PLAN, "--json", figures)
+    assert "model.layers.0.self_attn.q_proj+k_proj+v_proj" in printed
+    assert "the smallest for this size; Lagrangian bound" in printed
+    found = json.loads(figures.read_text())
+    assert len(found["units"]) == 16
+    assert found["bits"] <= 4.5
+    assert f"{found['bits']:.4f} bits per weight. Next: quantkit quantize builtin --recipe {recipe}" in printed
+    dry = run("quantize", "builtin", "--recipe", recipe, "--output", tmp_path / "q", "--dry-run")
+    assert f"bits per quantized weight: {found['bits']:.3f}" in dry
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.json", "r.yaml"]
+
+
+def test_plan_refuses_in_one_line(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "r.yaml"
+    for options, said in (
+        (("--bits", "2"), "ask for at least 3."),
+        (("--bits", "4.5", "--schemes", "w4a16,w17a16"), "bits=17"),
+        (("--bits", "4.5", "--schemes", "four"), "'four' is not a scheme"),
+        (("--bits", "4.5", "--schemes", ","), "no schemes leaves nothing to choose"),
+        (("--bits", "4.5", "--schemes", "w4a16_g96,w8a16"), "not a multiple of group_size=96"),
+        (("--bits", "4.5", "--metric", "magic"), "use hessian or kl"),
+        (("--bits", "4.5", "--recipe", tmp_path / "none.yaml"), "cannot be read"),
+        (("--bits", "4.5", "--calibration", tmp_path / "none.txt"), "none.txt"),
+        (("--bits", "4.5", "--activation-memory", "lots"), "is not a size"),
+    ):
+        text = run("plan", "builtin", "--output", out, *options, code=2)
+        assert said in text
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+    assert "no such directory" in run("plan", tmp_path / "none", "--bits", "4.5", "--output", out, code=2)
+    assert "is not there" in run("plan", "builtin", "--bits", "4", "--output", tmp_path / "x" / "r.yaml", code=2)
+    out.write_text("precious")
+    assert "is there already" in run("plan", "builtin", "--bits", "4.5", "--output", out, code=2)
+    assert out.read_text() == "precious"
+    run("plan", "builtin", "--bits", "4.5", "--output", out, *SMALL_PLAN, "--overwrite")
+    assert "precious" not in out.read_text()

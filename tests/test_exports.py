@@ -32,6 +32,7 @@ PUBLIC = {
     "InputError",
     "InterruptedRunError",
     "KernelError",
+    "MixedPlan",
     "OutputError",
     "QuantLinear",
     "QuantScheme",
@@ -46,6 +47,7 @@ PUBLIC = {
     "evaluate",
     "load",
     "parse_scheme",
+    "plan_mixed",
     "quantize",
     "replace_linears",
 }

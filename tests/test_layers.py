@@ -20,16 +20,17 @@ PACKAGE = Path(quantkit.__file__).parent
 # subpackage (solvers, formats, kernels) are one entry, and may import each other.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("scheme", "arch", "builtin_text", "documents", "heap", "experts"),
+    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts"),
     ("qtensor", "stats", "text"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),
     ("linear", "checkpoint", "source", "report", "activations", "perplexity", "static_activations"),
     ("recipe", "skeleton", "staging"),
     ("capture", "plan", "loader"),
-    ("head", "routing", "transforming"),
+    ("head", "routing", "transforming", "sensitivity"),
     ("pipeline", "verify", "evaluation"),
     ("run", "progress"),
+    ("mixed",),
     ("cli",),
     ("__init__", "__main__"),
 )

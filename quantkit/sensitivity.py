@@ -1,0 +1,502 @@
+"""What each scheme of each unit costs the model, in nats of KL divergence a token, so that units can be compared.
+
+A unit is what must share one scheme: layers that engines fuse into one matrix (q/k/v, gate/up). Two measures, both in
+nats from the full-precision model's output distribution, both with the weights that the recipe's own solver gives:
+
+``hessian``: the second-order estimate of that divergence. With p the model's distribution, g = ∂log p(ŷ|x)/∂y the
+gradient at a layer's output y for a label ŷ drawn from p itself, and dW the rounding error,
+
+    KL ≈ ½ E[(gᵀ dW x)²] ≈ ½ Σ_r E[g_r²] · (dW E[x xᵀ] dWᵀ)_rr ,
+
+the Fisher information of the weights with the gradient taken to be independent of the input (K-FAC,
+arXiv:1503.05671) and its output side diagonal. The GPTQ loss tr(dW H dWᵀ) alone cannot be compared between layers,
+for it is in units of each layer's own output; E[g_r²] turns each row's error into nats. The Fisher information of
+labels drawn from the model is the exact Hessian of this divergence at dW = 0, unlike that of the text's labels.
+Diagonal Fisher weights choose bits in SqueezeLLM (arXiv:2306.07629), Hessian traces in HAWQ-V2 (arXiv:1911.03852).
+Costs one pass forward and one back over the calibration tokens, whatever the number of units and schemes.
+
+``kl``: the divergence itself, with that unit alone quantized, by running everything behind its block once for each
+scheme. No approximation but that the divergences of units add up; the cost grows with the square of the blocks.
+
+Memory: one block (with the graph of one sample), its statistics, one sample's logits, and hidden states, which go to
+files above the recipe's ``activation_memory``: of every block for ``hessian``, of every unit and scheme of one block
+for ``kl``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from quantkit.activations import Activations
+from quantkit.arch import input_group, is_transposed
+from quantkit.capture import BlockInputs
+from quantkit.errors import CalibrationError, CheckpointError, HessianError, OutputError, message
+from quantkit.grid import dequantize
+from quantkit.heap import trim
+from quantkit.plan import LayerPlan, Plan, encoded_bytes
+from quantkit.report import Observer, Stage, Step
+from quantkit.scheme import QuantScheme
+from quantkit.skeleton import assign, place_buffers, release
+from quantkit.stats import LayerStats, Stat
+
+Metric = Literal["hessian", "kl"]
+METRICS: tuple[Metric, ...] = ("hessian", "kl")
+
+_EXPERTS = re.compile(r"\.experts\.\d+\..*$")
+_FLOAT32 = 4
+_LOGIT_COPIES = 4  # float32 [length, vocabulary]: logits, distribution, its logarithm, and the gradient
+_POSITIONS_AT_ONCE = 256
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers of one block that share one scheme.
+
+    Attributes:
+        name: the layer's name, or the common part and the rest of each.
+        layers: in the model's order.
+    """
+
+    name: str
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def match(self) -> str:
+        """What a recipe's rule says to mean this unit."""
+        names = [layer.info.name for layer in self.layers]
+        if len(names) == 1:
+            return names[0]
+        stem = names[0].rpartition(".")[0]
+        if all(name.rpartition(".")[0] == stem for name in names):
+            leaves = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
+            return f"re:{re.escape(stem)}\\.({leaves})"
+        return f"re:{re.escape(self.name)}\\.\\d+\\..*"
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(layer.numel for layer in self.layers)
+
+    def nbytes(self, plan: Plan, scheme: QuantScheme) -> int:
+        """Bytes on disk with this scheme: codes, scales, zero points and shapes, by the code that writes them."""
+        sized = (LayerPlan(layer.info, scheme, layer.solver) for layer in self.layers)
+        return sum(encoded_bytes(plan.format, layer, plan.dtype) for layer in sized)
+
+
+def find_units(plan: Plan) -> tuple[Unit, ...]:
+    """The units of a plan's layers inside of the blocks, in the model's order: fused layers, and a block's experts."""
+    members: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        if layer.info.block is not None:
+            key = _EXPERTS.sub(".experts", layer.info.name)
+            members.setdefault(input_group(key), []).append(layer)
+    return tuple(Unit(_unit_name(key, layers), tuple(layers)) for key, layers in members.items())
+
+
+def check_room(
+    plan: Plan, units: Sequence[Unit], num_schemes: int, metric: Metric, shape: tuple[int, int], directory: Path
+) -> None:
+    """Memory and disk for a measurement.
+
+    Args:
+        plan: the model.
+        units: of the plan.
+        num_schemes: how many are compared.
+        metric: see the module.
+        shape: (samples, tokens in each).
+        directory: where hidden states go that do not fit the recipe's activation_memory.
+
+    Raises:
+        OutputError: not enough of either.
+    """
+    num_tokens, length = shape[0] * shape[1], shape[1]
+    states = num_tokens * int(plan.skeleton.model.config.hidden_size) * plan.dtype.itemsize
+    on_disk = states * _num_stores(plan, units, num_schemes, metric)
+    held = min(on_disk, plan.recipe.activation_memory)
+    vocabulary = int(plan.skeleton.model.config.vocab_size)
+    needed = plan.peak_memory(num_tokens, length) + held + _LOGIT_COPIES * _FLOAT32 * length * vocabulary
+    for what, wanted, free, fix in (
+        ("memory", needed, psutil.virtual_memory().available, "use fewer or shorter samples"),
+        (str(directory), on_disk - held, psutil.disk_usage(str(directory)).free, "free space or use fewer samples"),
+    ):
+        if wanted > free:
+            raise OutputError(
+                message(what, f"measuring needs about {wanted / _MIB:.0f} MiB and has {free / _MIB:.0f} MiB", fix)
+            )
+
+
+class Sensitivity:
+    """One measurement of all units with all schemes.
+
+    Args:
+        plan: the model and, in its layers, the solver of each; their schemes are not read.
+        units: of the plan.
+        schemes: to compare.
+        samples: int64 [length] token ids each.
+        device: where blocks run and are solved.
+        directory: for hidden states that do not fit the recipe's activation_memory.
+        observer: told of every step.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        units: Sequence[Unit],
+        schemes: Sequence[QuantScheme],
+        samples: Sequence[Tensor],
+        device: torch.device,
+        directory: Path,
+        observer: Observer,
+    ) -> None:
+        self.plan, self.units, self.schemes, self.samples = plan, units, schemes, samples
+        self.device, self.observer = device, observer
+        self._directory, self._skeleton, self._inputs = directory, plan.skeleton, BlockInputs()
+        self._num_blocks = len(plan.skeleton.blocks)
+        self._num_tokens = sum(int(sample.numel()) for sample in samples)
+
+    def measure(self, metric: Metric, seed: int) -> list[list[float]]:
+        """Nats of KL divergence a token, for each unit [units] and scheme [schemes].
+
+        Args:
+            metric: see the module.
+            seed: of the labels that ``hessian`` draws.
+
+        Raises:
+            CalibrationError: a layer that never runs.
+            CheckpointError: logits that are not finite.
+            HessianError: from the solver, with the layer's name.
+        """
+        place_buffers(self._skeleton.model, self.device)
+        with ExitStack() as stack:
+            return self._by_hessian(stack, seed) if metric == "hessian" else self._by_divergence(stack)
+
+    def _by_hessian(self, stack: ExitStack, seed: int) -> list[list[float]]:
+        self.observer(Stage("measuring", 2 * self._num_blocks + 1))
+        budget = self.plan.recipe.activation_memory // (self._num_blocks + 2)
+        states = [self._enter(stack, budget, "states-0")]
+        for index in range(self._num_blocks):
+            states.append(self._store(stack, states[0], budget, f"states-{index + 1}"))
+            with self._block(index):
+                for sample in range(len(self.samples)):
+                    states[-1][sample] = self._run(index, states[-2][sample])
+            self.observer(Step(f"forward: block {index + 1}/{self._num_blocks}"))
+        gradients = states[-1]  # its states are read once more, each just before its gradient takes the place
+        self._head_gradients(gradients, torch.Generator().manual_seed(seed))
+        self.observer(Step("head"))
+        found: list[list[float]] = [[] for _ in self.units]
+        for index in reversed(range(self._num_blocks)):
+            with self._block(index) as block:
+                watch = _Watch(self._linears(block, index), self._needs(index) | {Stat.HESSIAN}, gradients=True)
+                with watch.hooked(), torch.enable_grad():
+                    for sample in range(len(self.samples)):
+                        hidden = states[index][sample].to(self.device, copy=True).requires_grad_(True)
+                        output = self._run(index, hidden)
+                        output.backward(gradients[sample].to(self.device))
+                        assert hidden.grad is not None
+                        gradients[sample] = hidden.grad
+                        watch.end_pass()
+                states[index].close()
+                for number, unit in self._units_of(index):
+                    found[number] = [self._weighted_loss(unit, scheme, block, watch) for scheme in self.schemes]
+            trim()
+            self.observer(Step(f"backward: block {index + 1}/{self._num_blocks}"))
+        return found
+
+    def _head_gradients(self, states: Activations, generator: torch.Generator) -> None:
+        """Put ∂log p(ŷ)/∂h in the place of the last hidden states h, ŷ drawn from the model's p at every token."""
+        with self._outside():
+            for sample, tokens in enumerate(self.samples):
+                hidden = states[sample].to(self.device, copy=True).requires_grad_(True)
+                with torch.enable_grad():
+                    logits = self._logits(tokens, hidden)
+                    drawn = torch.multinomial(torch.softmax(logits.detach(), -1).cpu(), 1, generator=generator)
+                    loss = torch.nn.functional.cross_entropy(logits, drawn[:, 0].to(self.device), reduction="sum")
+                    loss.backward()
+                assert hidden.grad is not None
+                states[sample] = hidden.grad
+
+    def _weighted_loss(self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: _Watch) -> float:
+        """½ Σ_r Σ_t g_r² · (dW E[x xᵀ] dWᵀ)_rr over the unit's rows, by the tokens of the whole calibration set."""
+        total = 0.0
+        for layer, error in self._errors(unit, scheme, block, watch):
+            hessian = watch.inputs[layer.info.local].hessian  # 2/n Σ x xᵀ
+            rows = ((error @ hessian) * error).sum(1).double() / 2
+            total += 0.5 * float((rows * watch.gradient_energy[layer.info.local]).sum()) / self._num_tokens
+        return total
+
+    def _by_divergence(self, stack: ExitStack) -> list[list[float]]:
+        per_block = max(len(self._units_of(index)) for index in range(self._num_blocks)) * len(self.schemes)
+        budget = self.plan.recipe.activation_memory // (per_block + 2)
+        self.observer(Stage("measuring", 2 * self._num_blocks))
+        hidden = self._enter(stack, budget, "hidden")
+        final = self._store(stack, hidden, budget, "final")
+        for sample in range(len(self.samples)):
+            final[sample] = hidden[sample]
+        for index in range(self._num_blocks):
+            with self._block(index):
+                self._hand_on(index, [final])
+            self.observer(Step(f"dense: block {index + 1}/{self._num_blocks}"))
+        found: list[list[float]] = [[] for _ in self.units]
+        for index in range(self._num_blocks):
+            with ExitStack() as own:
+                streams = self._perturbed(own, index, hidden, budget)
+                for later in range(index + 1, self._num_blocks):
+                    with self._block(later):
+                        self._hand_on(later, list(streams.values()))
+                losses = self._divergences(final, list(streams.values()))
+            for (number, _), loss in zip(streams, losses, strict=True):
+                found[number].append(loss)
+            trim()
+            self.observer(Step(f"behind block {index + 1}/{self._num_blocks}"))
+        return found
+
+    def _perturbed(
+        self, stack: ExitStack, index: int, hidden: Activations, budget: int
+    ) -> dict[tuple[int, int], Activations]:
+        """(unit, scheme) -> the block's outputs with that unit alone quantized; ``hidden`` is handed on, dense."""
+        streams: dict[tuple[int, int], Activations] = {}
+        with self._block(index) as block:
+            needs = self._needs(index)
+            watch = _Watch(self._linears(block, index), needs, gradients=False)
+            if needs:
+                with watch.hooked():
+                    for sample in range(len(self.samples)):
+                        self._run(index, hidden[sample])
+                        watch.end_pass()
+            for number, unit in self._units_of(index):
+                for column, scheme in enumerate(self.schemes):
+                    store = self._store(stack, hidden, budget, f"unit-{number}-{column}")
+                    with _changed(block, self._errors(unit, scheme, block, watch)):
+                        for sample in range(len(self.samples)):
+                            store[sample] = self._run(index, hidden[sample])
+                    streams[number, column] = store
+            self._hand_on(index, [hidden])
+        return streams
+
+    def _divergences(self, final: Activations, streams: Sequence[Activations]) -> list[float]:
+        """KL(dense || stream), a mean over all tokens, for each stream of last hidden states."""
+        totals = [0.0] * len(streams)
+        with self._outside():
+            for sample, tokens in enumerate(self.samples):
+                dense = self._logits(tokens, final[sample])
+                for number, stream in enumerate(streams):
+                    totals[number] += _divergence(dense, self._logits(tokens, stream[sample]))
+        return [max(total, 0.0) / self._num_tokens for total in totals]  # below zero is rounding: the divergence is not
+
+    def _errors(
+        self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: _Watch
+    ) -> Iterator[tuple[LayerPlan, Tensor]]:
+        """Each layer's weight error, float32 [out, in]; layers of one input and solver are solved as one matrix."""
+        together: dict[object, list[LayerPlan]] = {}
+        for layer in unit.layers:
+            stats = watch.of(layer)
+            together.setdefault((layer.info.name if stats is None else id(stats), layer.solver), []).append(layer)
+        for layers in together.values():
+            weights = [_rows_first(block.get_submodule(layer.info.local)) for layer in layers]
+            stacked = torch.cat([weight.float() for weight in weights])
+            first = layers[0]
+            try:
+                solved = first.solver.solve(stacked, scheme, watch.of(first), self.plan.dtype)
+            except HessianError as problem:
+                raise HessianError(f"{', '.join(layer.info.name for layer in layers)}: {problem}") from problem
+            error = dequantize(solved.weight, torch.float32).sub_(stacked)
+            del stacked, solved
+            yield from zip(layers, error.split([layer.info.out_features for layer in layers]), strict=True)
+
+    def _units_of(self, index: int) -> list[tuple[int, Unit]]:
+        return [(n, unit) for n, unit in enumerate(self.units) if unit.layers[0].info.block == index]
+
+    def _linears(self, block: nn.Module, index: int) -> dict[str, nn.Module]:
+        layers = (layer for _, unit in self._units_of(index) for layer in unit.layers)
+        return {layer.info.local: block.get_submodule(layer.info.local) for layer in layers}
+
+    def _needs(self, index: int) -> frozenset[Stat]:
+        solvers = [layer.solver for _, unit in self._units_of(index) for layer in unit.layers]
+        return frozenset().union(*(solver.needs for solver in solvers))
+
+    def _enter(self, stack: ExitStack, budget: int, name: str) -> Activations:
+        """The hidden states in front of the first block."""
+        store: Activations | None = None
+        with self._outside():
+            for index, tokens in enumerate(self.samples):
+                state = self._inputs.first_hidden(self._skeleton, tokens[None].to(self.device))
+                if store is None:
+                    shapes = [(1, int(sample.numel()), int(state.shape[-1])) for sample in self.samples]
+                    store = Activations(shapes, state.dtype, budget, self._directory, f"{name}.bin")
+                    stack.callback(store.close)
+                store[index] = state
+        assert store is not None, "there is at least one sample"
+        return store
+
+    def _store(self, stack: ExitStack, like: Activations, budget: int, name: str) -> Activations:
+        shapes = [tuple(like[sample].shape) for sample in range(len(like))]
+        store = Activations(shapes, like[0].dtype, budget, self._directory, f"{name}.bin")
+        stack.callback(store.close)
+        return store
+
+    def _run(self, index: int, state: Tensor) -> Tensor:
+        return self._inputs.run(self._skeleton, index, state.to(self.device))
+
+    def _hand_on(self, index: int, streams: Sequence[Activations]) -> None:
+        for stream in streams:
+            for sample in range(len(stream)):
+                stream[sample] = self._run(index, stream[sample])
+
+    def _logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """float32 [length, vocabulary], of the last block's output."""
+        logits = self._inputs.finish(self._skeleton, tokens[None].to(self.device), hidden.to(self.device))
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        if not bool(torch.isfinite(logits.detach().sum())):
+            raise CheckpointError(
+                message("the model", "its logits are NaN or infinite", "use a wider --dtype (bfloat16, float32)")
+            )
+        return logits
+
+    @contextmanager
+    def _block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights, which are freed afterwards."""
+        block, names = self._skeleton.blocks[index], self._skeleton.block_tensors(index)
+        assign(block, self._read(names))
+        try:
+            yield block
+        finally:
+            release(block)
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Everything outside of the blocks, head and all, which is freed afterwards."""
+        model, names = self._skeleton.model, dict(self._skeleton.outside_tensors())
+        for tied, owner in (model.all_tied_weights_keys or {}).items():
+            names[tied] = self._skeleton.disk_names[owner]
+        assign(model, self._read(names))
+        try:
+            yield
+        finally:
+            release(model)
+
+    def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
+        tensors = self.plan.checkpoint.read(set(names.values()), self.device)
+        dtype = self.plan.dtype
+        placed = {n: t.to(dtype if t.dtype.is_floating_point else t.dtype) for n, t in tensors.items()}
+        return {name: placed[disk] for name, disk in names.items()}
+
+
+class _Watch:
+    """Statistics of a block's layers' inputs, and of the gradients at their outputs.
+
+    Attributes:
+        inputs: layer -> the statistics of its input, shared by layers that are called with the same tensor.
+        gradient_energy: layer -> float64 [out], Σ g² over all tokens.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], needs: frozenset[Stat], *, gradients: bool) -> None:
+        self.inputs: dict[str, LayerStats] = {}
+        self.gradient_energy: dict[str, Tensor] = {}
+        self._linears, self._needs, self._gradients = linears, needs, gradients
+        self._leaders: set[str] = set()
+        self._live: list[tuple[Tensor, str]] = []
+
+    def of(self, layer: LayerPlan) -> LayerStats | None:
+        """What the layer's solver reads.
+
+        Raises:
+            CalibrationError: the layer never ran.
+        """
+        if self._needs and layer.info.local not in self.inputs:
+            raise CalibrationError(
+                message(layer.info.name, "never ran on the calibration data", "skip it by a rule in the recipe")
+            )
+        return self.inputs.get(layer.info.local) if layer.solver.needs else None
+
+    def end_pass(self) -> None:
+        """One forward pass is over: who shares an input with whom is known from here on."""
+        self._live.clear()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Gather from every pass inside."""
+        handles = [module.register_forward_hook(self._seen(name)) for name, module in self._linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _seen(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            if name not in self.inputs:
+                leader = next((other for tensor, other in self._live if tensor is args[0]), None)
+                if leader is None:
+                    self._leaders.add(name)
+                self.inputs[name] = self.inputs[leader] if leader else LayerStats(x.shape[-1], self._needs, x.device)
+                self._live.append((args[0], name))
+            if name in self._leaders:
+                self.inputs[name].update(x, x)  # the full-precision model is the one that runs
+            if self._gradients and output.requires_grad:
+                output.register_hook(self._energy(name))
+
+        return hook
+
+    def _energy(self, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            energy = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0).double()
+            self.gradient_energy[name] = self.gradient_energy.get(name, torch.zeros_like(energy)) + energy
+
+        return hook
+
+
+@contextmanager
+def _changed(block: nn.Module, errors: Iterator[tuple[LayerPlan, Tensor]]) -> Iterator[None]:
+    """These layers' weights with their errors added, and afterwards the weights as they were."""
+    before: list[tuple[nn.Module, nn.Parameter]] = []
+    for layer, error in list(errors):
+        module = block.get_submodule(layer.info.local)
+        weight = module.get_parameter("weight")
+        before.append((module, weight))
+        changed = (weight.float() + (error.T if is_transposed(module) else error)).to(weight.dtype)
+        module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in before:
+            module._parameters["weight"] = weight
+
+
+def _divergence(dense: Tensor, other: Tensor) -> float:
+    """Σ KL over the positions of float32 [positions, vocabulary] logits."""
+    total = 0.0
+    for a, b in zip(dense.split(_POSITIONS_AT_ONCE), other.split(_POSITIONS_AT_ONCE), strict=True):
+        log_p, log_q = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
+        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+    return total
+
+
+def _rows_first(module: nn.Module) -> Tensor:
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def _unit_name(key: str, layers: Sequence[LayerPlan]) -> str:
+    names = [layer.info.name for layer in layers]
+    if len(names) == 1 or key.endswith(".experts"):
+        return names[0] if len(names) == 1 else key
+    stem = key.rpartition(".")[0]
+    return f"{stem}." + "+".join(name.rpartition(".")[2] for name in names)
+
+
+def _num_stores(plan: Plan, units: Sequence[Unit], num_schemes: int, metric: Metric) -> int:
+    blocks = len(plan.skeleton.blocks)
+    if metric == "hessian":
+        return blocks + 1
+    return 2 + num_schemes * max(sum(u.layers[0].info.block == index for u in units) for index in range(blocks))
