@@ -18,7 +18,7 @@ from quantkit.allocate import Allocation, Option, allocate, smallest
 from quantkit.checkpoint import Checkpoint, write_bytes
 from quantkit.errors import OutputError, RecipeError, SchemeError, message
 from quantkit.heap import map_large_blocks
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, Rule, make_recipe, merged
 from quantkit.report import Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length
@@ -144,7 +144,8 @@ def plan_mixed(
         bits: stored bits per quantized weight, scales and zero points counted, as the report of a run counts them.
         schemes: what a unit may have, names such as ``w4a16_g64_asym``; two or more.
         metric: ``hessian`` or ``kl``; see :mod:`quantkit.sensitivity`.
-        recipe: everything else: method, calibration source, layers to skip. Its scheme is not read.
+        recipe: everything else: method, calibration source, layers to skip, layers (a mixture's experts) whose scheme a
+            rule states; these are not counted in ``bits``. The recipe's own scheme is not read.
         num_samples: calibration samples to measure with; the recipe's own number is for the run that follows.
         sequence_length: tokens of each; None means 512, or the model's limit if that is shorter.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -165,7 +166,6 @@ def plan_mixed(
     plan = make_plan(checkpoint, make_recipe({**measuring, "scheme": str(wanted[0])}))
     for scheme in wanted[1:]:
         make_plan(checkpoint, make_recipe({**measuring, "scheme": str(scheme)}))
-    _check_rules(plan)
     units = find_units(plan)
     sizes = [[unit.nbytes(plan, scheme) for scheme in wanted] for unit in units]
     budget = _budget(bits, units, sizes, wanted)
@@ -252,20 +252,6 @@ def _length(asked: int | None, checkpoint: Checkpoint) -> int:
         return asked
     limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
     return min(DEFAULT_LENGTH, limit) if isinstance(limit, int) and limit > 1 else DEFAULT_LENGTH
-
-
-def _check_rules(plan: Plan) -> None:
-    """The base recipe may skip layers and say what is to be done outside of the blocks; the rest is chosen here."""
-    inside = [info.name for info in plan.skeleton.linears if info.block is not None]
-    for rule in plan.recipe.rules:
-        if rule.scheme is not None and any(rule.matches(name) for name in inside):
-            raise RecipeError(
-                message(
-                    "rules",
-                    f"match: {rule.match!r} states a scheme for layers whose scheme is to be chosen",
-                    "remove the rule's scheme, or skip those layers",
-                )
-            )
 
 
 def _budget(bits: float, units: Sequence[Unit], sizes: Sequence[Sequence[int]], schemes: Sequence[QuantScheme]) -> int:

@@ -39,19 +39,18 @@ from torch import Tensor, nn
 from quantkit.activations import Activations
 from quantkit.arch import input_group, is_transposed
 from quantkit.capture import BlockInputs
-from quantkit.errors import CalibrationError, CheckpointError, HessianError, OutputError, message
+from quantkit.errors import CalibrationError, CheckpointError, HessianError, OutputError, RecipeError, message
 from quantkit.grid import dequantize
 from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan, encoded_bytes
 from quantkit.report import Observer, Stage, Step
 from quantkit.scheme import QuantScheme
-from quantkit.skeleton import assign, place_buffers, release
+from quantkit.skeleton import assign, place_buffers, release, set_weight
 from quantkit.stats import LayerStats, Stat
 
 Metric = Literal["hessian", "kl"]
 METRICS: tuple[Metric, ...] = ("hessian", "kl")
 
-_EXPERTS = re.compile(r"\.experts\.\d+\..*$")
 _FLOAT32 = 4
 _LOGIT_COPIES = 4  # float32 [length, vocabulary]: logits, distribution, its logarithm, and the gradient
 _POSITIONS_AT_ONCE = 256
@@ -77,10 +76,8 @@ class Unit:
         if len(names) == 1:
             return names[0]
         stem = names[0].rpartition(".")[0]
-        if all(name.rpartition(".")[0] == stem for name in names):
-            leaves = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
-            return f"re:{re.escape(stem)}\\.({leaves})"
-        return f"re:{re.escape(self.name)}\\.\\d+\\..*"
+        leaves = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
+        return f"re:{re.escape(stem)}\\.({leaves})"
 
     @property
     def numel(self) -> int:
@@ -94,13 +91,28 @@ class Unit:
 
 
 def find_units(plan: Plan) -> tuple[Unit, ...]:
-    """The units of a plan's layers inside of the blocks, in the model's order: fused layers, and a block's experts."""
+    """The units of the layers inside of the blocks, in the model's order, but for those whose scheme a rule states.
+
+    Raises:
+        RecipeError: stacked experts, whose effect is not measured one by one, or no layer at all.
+    """
     members: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
-        if layer.info.block is not None:
-            key = _EXPERTS.sub(".experts", layer.info.name)
-            members.setdefault(input_group(key), []).append(layer)
-    return tuple(Unit(_unit_name(key, layers), tuple(layers)) for key, layers in members.items())
+        rule = next((rule for rule in plan.recipe.rules if rule.matches(layer.info.name)), None)
+        if layer.info.block is None or (rule is not None and rule.scheme is not None):
+            continue
+        if layer.info.expert is not None:
+            raise RecipeError(
+                message(
+                    layer.info.expert.module,
+                    "the effect of a mixture's experts is not measured",
+                    'state their scheme by a rule of --recipe, such as {match: "*.experts.*", scheme: w4a16_g64}',
+                )
+            )
+        members.setdefault(input_group(layer.info.name), []).append(layer)
+    if not members:
+        raise RecipeError(message("rules", "no layer is left to choose a scheme for", "remove a rule with a scheme"))
+    return tuple(Unit(_unit_name(layers), tuple(layers)) for layers in members.values())
 
 
 def check_room(
@@ -367,6 +379,9 @@ class Sensitivity:
         """The block with its weights, which are freed afterwards."""
         block, names = self._skeleton.blocks[index], self._skeleton.block_tensors(index)
         assign(block, self._read(names))
+        for info in self._skeleton.block_experts(index):
+            name = f"{info.stem}.weight"
+            set_weight(block, info, self._read({name: name})[name])
         try:
             yield block
         finally:
@@ -487,11 +502,9 @@ def _rows_first(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
-def _unit_name(key: str, layers: Sequence[LayerPlan]) -> str:
+def _unit_name(layers: Sequence[LayerPlan]) -> str:
     names = [layer.info.name for layer in layers]
-    if len(names) == 1 or key.endswith(".experts"):
-        return names[0] if len(names) == 1 else key
-    stem = key.rpartition(".")[0]
+    stem = names[0].rpartition(".")[0]
     return f"{stem}." + "+".join(name.rpartition(".")[2] for name in names)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import quantkit
 from quantkit.allocate import allocate
@@ -15,6 +17,9 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.mixed import MixedPlan, plan_mixed, write_recipe
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe
+from quantkit.report import ignore
+from quantkit.scheme import QuantScheme
+from quantkit.sensitivity import METRICS, Sensitivity, find_units
 from quantkit.source import BUILTIN_PATH
 
 SCHEMES = ("w3a16_g64_asym", "w4a16_g64_asym", "w8a16_g64_sym")
@@ -79,22 +84,29 @@ def test_more_bits_than_anything_needs(tiny: Callable[[str], Path], planned: Mix
 
 
 def test_base_recipe_is_kept(tmp_path: Path) -> None:
-    """Skipped layers stay out of the choice and of the budget; the head's rule, the method and the rest stay."""
+    """Layers that a rule skips or states a scheme for stay out of the choice and of the budget; the rest stays."""
     base = {
         "method": {"name": "gptq", "damp_percent": 0.05},
-        "rules": [{"match": "*.0.*", "skip": True}, {"match": "lm_head", "scheme": "w8a16_g64"}],
+        "rules": [
+            {"match": "*.0.*", "skip": True},
+            {"match": "lm_head", "scheme": "w8a16_g64"},
+            {"match": "*.1.mlp.down_proj", "scheme": "w5a16_g64"},
+        ],
         "calibration": CALIBRATION,
         "min_share": 0.5,
     }
     found = plan_mixed("builtin", bits=4.5, schemes=SCHEMES, recipe=base, num_samples=2, sequence_length=32)
-    assert len(found.units) == 12
+    assert len(found.units) == 11
     assert found.recipe.method == quantkit.GPTQ(damp_percent=0.05)
     assert found.recipe.calibration == CalibrationSpec("builtin", 8, 128)
     assert found.recipe.min_share == 0.5
     plan = make_plan(Checkpoint(BUILTIN_PATH), found.recipe)
     inside = [layer for layer in plan.layers if layer.info.block is not None]
     assert {layer.info.block for layer in inside} == {1, 2, 3}
-    assert [str(layer.scheme) for layer in plan.layers if layer.info.block is None] == ["w8a16_g64_sym"]
+    schemes = {layer.info.name: str(layer.scheme) for layer in plan.layers}
+    assert schemes["lm_head"] == "w8a16_g64_sym"
+    assert schemes["model.layers.1.mlp.down_proj"] == "w5a16_g64_sym"
+    assert found.bits <= 4.5
     write_recipe(found, tmp_path / "r.yaml", "builtin")
     assert make_recipe(load_recipe(tmp_path / "r.yaml")) == found.recipe
 
@@ -113,7 +125,7 @@ def test_base_recipe_is_kept(tmp_path: Path) -> None:
         ({"bits": 2.0}, quantkit.RecipeError, "ask for at least 4.25"),
         ({"num_samples": 0}, quantkit.RecipeError, "num_samples=0"),
         ({"sequence_length": 10**6}, quantkit.CalibrationError, "more than the model's 2048 positions"),
-        ({"recipe": {"rules": [{"match": "*.o_proj", "scheme": "w8a16"}]}}, quantkit.RecipeError, "is to be chosen"),
+        ({"recipe": {"rules": [{"match": "*", "scheme": "w8a16"}]}}, quantkit.RecipeError, "no layer is left"),
         ({"recipe": {"rules": [{"match": "*", "skip": True}]}}, quantkit.RecipeError, "nothing is left"),
         ({"device": "tpu"}, quantkit.RecipeError, "tpu"),
     ],
@@ -122,6 +134,23 @@ def test_refusals(changes: dict[str, Any], error: type[Exception], said: str) ->
     arguments: dict[str, Any] = {"bits": 4.5, "schemes": ["w4a16_g64", "w8a16_g64"]}
     with pytest.raises(error, match=said):
         plan_mixed("builtin", **{**arguments, **changes})
+
+
+def test_experts_are_refused_unless_a_rule_states_their_scheme(
+    tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    schemes = ("w4a16_g32", "w8a16_g32")
+    with pytest.raises(quantkit.RecipeError, match=r"mlp.experts: the effect of a mixture's experts is not measured"):
+        plan_mixed(tiny("mixtral"), bits=5, schemes=schemes)
+    rules = [{"match": "*.experts.*", "scheme": "w4a16_g32"}]
+    plan = make_plan(Checkpoint(tiny("mixtral")), make_recipe({"scheme": "w8a16_g32", "rules": rules, "method": "rtn"}))
+    units = find_units(plan)
+    assert {unit.name.rpartition(".")[2] for unit in units} == {"q_proj+k_proj+v_proj", "o_proj"}
+    run = Sensitivity(plan, units, [QuantScheme(4, 32)], tokens, torch.device("cpu"), tmp_path, ignore)
+    estimated, divergence = (torch.tensor(run.measure(metric, seed=0)) for metric in METRICS)
+    assert float(divergence.min()) > 0
+    # A random model's few tokens: of the same size, which weights misplaced or left empty would not give.
+    assert 0.3 < float(estimated.sum() / divergence.sum()) < 3
 
 
 @pytest.mark.slow
