@@ -166,6 +166,14 @@ def plan_mixed(
     plan = make_plan(checkpoint, make_recipe({**measuring, "scheme": str(wanted[0])}))
     for scheme in wanted[1:]:
         make_plan(checkpoint, make_recipe({**measuring, "scheme": str(scheme)}))
+    if plan.recipe.transforms:
+        raise RecipeError(
+            message(
+                "transforms",
+                "the effect of each layer is measured in the model as it is, which they change",
+                "plan without them; they can be added to the planned recipe",
+            )
+        )
     units = find_units(plan)
     sizes = [[unit.nbytes(plan, scheme) for scheme in wanted] for unit in units]
     budget = _budget(bits, units, sizes, wanted)

@@ -127,6 +127,7 @@ def test_base_recipe_is_kept(tmp_path: Path) -> None:
         ({"sequence_length": 10**6}, quantkit.CalibrationError, "more than the model's 2048 positions"),
         ({"recipe": {"rules": [{"match": "*", "scheme": "w8a16"}]}}, quantkit.RecipeError, "no layer is left"),
         ({"recipe": {"rules": [{"match": "*", "skip": True}]}}, quantkit.RecipeError, "nothing is left"),
+        ({"recipe": {"transforms": ["rotation"]}}, quantkit.RecipeError, "transforms: the effect of each layer"),
         ({"device": "tpu"}, quantkit.RecipeError, "tpu"),
     ],
 )
