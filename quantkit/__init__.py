@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from quantkit.recipe import Recipe, Rule
     from quantkit.run import Result, quantize
     from quantkit.scheme import QuantScheme, parse_scheme
-    from quantkit.solvers import GPTQ, RTN
+    from quantkit.solvers import GPTQ, RTN, AutoRound
     from quantkit.transforms import AWQ, Rotation, SmoothQuant
+    from quantkit.tuning import BlockTuning
 
 _HOMES = {
     "calibration": ("CalibrationSpec",),
@@ -61,8 +62,9 @@ _HOMES = {
     "recipe": ("Recipe", "Rule"),
     "run": ("Result", "quantize"),
     "scheme": ("QuantScheme", "parse_scheme"),
-    "solvers": ("GPTQ", "RTN"),
+    "solvers": ("GPTQ", "RTN", "AutoRound"),
     "transforms": ("AWQ", "Rotation", "SmoothQuant"),
+    "tuning": ("BlockTuning",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -70,6 +72,8 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "RTN",
+    "AutoRound",
+    "BlockTuning",
     "CalibrationError",
     "CalibrationSpec",
     "CheckpointError",

@@ -7,7 +7,7 @@ are recorded for every block from one pass of the model in which each block hand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     by_keyword: bool
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states, of the shape of ``hidden``."""
         if self.by_keyword:
             output = block(*self.args, hidden_states=hidden, **self.kwargs)
@@ -136,9 +136,20 @@ class BlockInputs:
             self.calls[length] = recording.calls
         return recording.hidden
 
-    def run(self, skeleton: Skeleton, index: int, hidden: Tensor) -> Tensor:
-        """The output of block ``index`` for ``hidden`` [1, length, hidden]."""
-        return self.calls[int(hidden.shape[1])][index].run(skeleton.blocks[index], hidden)
+    def run(
+        self, skeleton: Skeleton, index: int, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The output of block ``index`` for ``hidden`` [1, length, hidden].
+
+        Args:
+            skeleton: the block must be materialized.
+            index: of the block.
+            hidden: what goes in.
+            parameters: name within the block -> what stands in for that parameter, which gradients flow to.
+        """
+        block = skeleton.blocks[index]
+        call = self.calls[int(hidden.shape[1])][index]
+        return call.run(block if parameters is None else _WithParameters(block, parameters), hidden)
 
     def finish(self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: the logits.
@@ -173,6 +184,17 @@ class BlockInputs:
                 self.finish(skeleton, tokens, hidden)
         finally:
             handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class _WithParameters:
+    """A module that is called with other tensors in place of some of its parameters; it is not changed."""
+
+    module: nn.Module
+    parameters: Mapping[str, Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.module, dict(self.parameters), args, kwargs)
 
 
 def _record(skeleton: Skeleton, tokens: Tensor, first_only: bool, as_tuple: bool) -> _Recording:

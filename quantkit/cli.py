@@ -351,6 +351,7 @@ def _figures(prepared: Prepared) -> dict[str, Any]:
     figures["share_quantized"] = f"{figures['share_quantized']:.1%}"
     for key in ("bits_per_quantized_weight", "bits_per_weight"):
         figures[key] = f"{figures[key]:.3f}"
+    figures["training_passes_per_block"] = f"{figures['training_passes_per_block']:.3g}"
     for key in ("size_before", "size_after", "projected_peak_memory"):
         figures[key] = f"{figures[key] / 1e6:.1f} MB"
     return figures

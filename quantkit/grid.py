@@ -37,10 +37,10 @@ def choose_qparams(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> t
     """
     if scheme.symmetric:
         raw = groups.abs().amax(-1) / ((scheme.levels - 1) / 2)
-        scale = _shippable(raw, dtype)
+        scale = shippable(raw, dtype)
         return scale, torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
     low = groups.amin(-1).clamp(max=0)
-    scale = _shippable((groups.amax(-1).clamp(min=0) - low) / (scheme.levels - 1), dtype)
+    scale = shippable((groups.amax(-1).clamp(min=0) - low) / (scheme.levels - 1), dtype)
     zero_point = torch.round(-low / scale.to(low.dtype)).clamp_(0, scheme.levels - 1)
     return scale, zero_point.to(torch.uint8)
 
@@ -94,7 +94,7 @@ def _search(
     full, low = scale.to(groups.dtype), groups.amin(-1).clamp_(max=0)
     best = _squared_errors(groups, importance, full, zero_point.to(groups.dtype), scheme)
     for factor in SHRINK:
-        tried = _shippable(full * factor, scale.dtype)
+        tried = shippable(full * factor, scale.dtype)
         if scheme.symmetric:
             candidates = [(tried, zero_point), (-tried, zero_point)]
         else:
@@ -249,7 +249,7 @@ def activation_scale(abs_max: float, dtype: torch.dtype) -> float:
     Raises:
         SchemeError: not finite, or nothing that ``dtype`` can hold.
     """
-    return float(_shippable(torch.tensor([abs_max], dtype=torch.float64) / _ACT_RANGE, dtype))
+    return float(shippable(torch.tensor([abs_max], dtype=torch.float64) / _ACT_RANGE, dtype))
 
 
 def quantize_activations(x: Tensor, static_scale: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
@@ -288,7 +288,7 @@ def fake_quantize_activations(x: Tensor, static_scale: Tensor | float | None = N
     return codes.mul_(scale).to(x.dtype)
 
 
-def _shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``: 1 for groups of zeros, never zero, never infinite."""
     limits = torch.finfo(dtype)
     if scale.numel() and not bool((scale <= limits.max).all()):
@@ -302,3 +302,43 @@ def _shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     # float16 has no room to waste: below its normal numbers it still holds multiples of 2^-24.
     smallest = limits.tiny * limits.eps if dtype == torch.float16 else limits.tiny
     return torch.where(scale == 0, 1.0, scale.clamp(min=smallest)).to(dtype)
+
+
+def round_through(x: Tensor) -> Tensor:
+    """``round(x)``, with the gradient of x (straight-through estimator, arXiv:1308.3432)."""
+    return x + (torch.round(x) - x).detach()
+
+
+def quantize_through(x: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
+    """:func:`quantize` of weights that are divided by their scale already, differentiable: codes as float.
+
+    The gradient is 1 within the grid and 0 for what is clamped.
+
+    Args:
+        x: float [...], ``w / scale``.
+        zero_point: float, broadcasts to ``x``.
+        scheme: gives the number of levels.
+    """
+    return (round_through(x) + zero_point).clamp(0, scheme.levels - 1)
+
+
+def range_qparams(low: Tensor, high: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`choose_qparams` for given extremes, differentiable.
+
+    Args:
+        low: float32 [...], at most 0.
+        high: float32 [...], at least 0.
+        scheme: bits and symmetry.
+        dtype: that the scale ships in.
+
+    Returns:
+        scale float32 [...] with a value of ``dtype``, and zero point float32 [...].
+
+    Raises:
+        SchemeError: a scale that ``dtype`` cannot hold.
+    """
+    if scheme.symmetric:
+        scale = shippable(torch.maximum(high, -low) / ((scheme.levels - 1) / 2), dtype).to(low.dtype)
+        return scale, torch.full_like(scale, scheme.mid)
+    scale = shippable((high - low) / (scheme.levels - 1), dtype).to(low.dtype)
+    return scale, round_through(-low / scale).clamp(0, scheme.levels - 1)

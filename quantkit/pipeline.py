@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quantkit.activations import Activations
+from quantkit.block_tuning import SolvedBlock, SolvedLayer
 from quantkit.capture import BlockInputs, Measurement
 from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize, fake_quantize_activations
@@ -19,7 +20,7 @@ from quantkit.head import solve_in_rows
 from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
-from quantkit.report import LayerDone, LayerRecord, Observer, Stage, Step, decibels
+from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Observer, Stage, Step, decibels
 from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
 from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
 from quantkit.solvers import Solution
@@ -28,14 +29,6 @@ from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats, Stat
 from quantkit.transforming import Samples, Transforming
 from quantkit.transforms import TransformRecord
-
-
-@dataclass(frozen=True, slots=True)
-class SolvedLayer:
-    """A layer's quantized weight and what is reported of it."""
-
-    weight: QuantizedTensor
-    record: LayerRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +86,7 @@ class Pipeline:
         self._transforming = Transforming(plan, device)
         self._rounding: list[RemovableHandle] = []  # hooks that round the inputs of the current block's solved layers
         self._solved = 0
+        self.tuned: list[BlockRecord] = []
 
     @torch.no_grad()
     def run(self) -> list[LayerRecord]:
@@ -101,7 +95,7 @@ class Pipeline:
         blocks = len(self.skeleton.blocks)
         pending = not all(self.staging.is_done(index) for index in range(self._last_measured))
         self.observer(Stage("quantizing", blocks + 1))
-        streams = self._enter() if self.plan.needs and pending else None
+        streams = self._enter() if self.plan.runs_blocks and pending else None
         try:
             for index in range(blocks):
                 records += self._block(index, streams)
@@ -148,26 +142,67 @@ class Pipeline:
         layers = self.plan.block_layers(index)
         scaled = self._scale(index, layers, source, streams)
         shard: dict[str, Tensor] = {}
-        records = {}
+        records: dict[str, LayerRecord] = {}
+        untuned: dict[str, SolvedLayer] = {}
+        originals: dict[str, Tensor] = {}
         for group, measured in self._measured_groups(index, layers, streams, scaled):
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
             stats = measured.inputs.get(group[0].info.local) if measured else None
             energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
-            for layer, solved in zip(group, solve_group(group, weights, stats, energies, self), strict=True):
-                shard.update(_named(layer, self.plan.format.encode(solved.weight)))
+            solved_group = solve_group(group, weights, stats, energies, self)
+            for layer, weight, solved in zip(group, weights, solved_group, strict=True):
                 if streams is not None:
                     self._put_in(block, layer, solved.weight)
-                records[layer.info.name] = solved.record
-                self._announce(solved.record)
-        ordered = [records[layer.info.name] for layer in layers]
+                if self.plan.tunes and layer.info.expert is None:
+                    untuned[layer.info.local], originals[layer.info.local] = solved, weight
+                else:
+                    shard.update(_named(layer, self.plan.format.encode(solved.weight)))
+                    records[layer.info.name] = solved.record
+                    self._announce(solved.record)
         shard.update(self._transforming.shipped(source))
+        tuned = self._tune(index, streams, untuned, originals, shard, records)
+        ordered = [records[layer.info.name] for layer in layers]
         transforms = scaled.records if scaled is not None else []
         self.transform_records += transforms
-        self.staging.write(index, shard, ordered, transforms)
+        self.staging.write(index, shard, ordered, transforms, tuned)
         if streams is not None:
             self._hand_on(index, streams.hidden)
         self._release(block)
         return ordered
+
+    def _tune(
+        self,
+        index: int,
+        streams: Streams | None,
+        untuned: Mapping[str, SolvedLayer],
+        originals: Mapping[str, Tensor],
+        shard: dict[str, Tensor],
+        records: dict[str, LayerRecord],
+    ) -> list[BlockRecord]:
+        """Tune the solved layers together; what comes of it is added to ``shard`` and ``records``."""
+        if not untuned:
+            return []
+        assert streams is not None, "the caller enters the model whenever blocks are tuned"
+        assert streams.reference is not None, "the plan asks for it whenever blocks are tuned"
+        solved = SolvedBlock(self.plan, index, self._inputs, streams.hidden, streams.reference, self.device)
+        tuned = solved.tune(untuned, originals, shard, lambda name, weight: self._place(index, name, weight))
+        names = self.skeleton.block_tensors(index)
+        assign(
+            self.skeleton.blocks[index],
+            {name: self._placed(tuned.vectors[disk]) for name, disk in names.items() if disk in tuned.vectors},
+        )
+        shard.update(tuned.vectors)
+        for name, layer in tuned.layers.items():
+            shard.update(_named(solved.layers[name], self.plan.format.encode(layer.weight)))
+            records[layer.record.name] = layer.record
+            self._announce(layer.record)
+        self._announce_tuned(tuned.records)
+        return tuned.records
+
+    def _place(self, index: int, name: str, weight: QuantizedTensor) -> None:
+        """Put a layer's quantized weight into its block."""
+        info = next(layer.info for layer in self.plan.block_layers(index) if layer.info.local == name)
+        set_weight(self.skeleton.blocks[index], info, dequantize(weight, self.plan.dtype))
 
     def _place_block(self, index: int, source: dict[str, Tensor]) -> None:
         """Put a block's tensors, as read, into its module."""
@@ -230,7 +265,7 @@ class Pipeline:
             if streams is not None and streams.reference is not None and (scaled is not None or not parts):
                 # With the weights as they were read, which a resumed run has too.
                 with _holding(self.skeleton.blocks[index], original if scaled is None else scaled.original):
-                    self._hand_on(index, streams.reference)
+                    self._hand_on(index, streams.reference, to_compare=self.plan.tunes)
             for name, members in _by_experts(layers).items():
                 threshold = self.plan.recipe.expert_tokens_per_column
                 yield from expert_groups(members, routed.get(name), threshold, sequential)
@@ -319,9 +354,12 @@ class Pipeline:
         release(self.skeleton.model)
         return stats
 
-    def _hand_on(self, index: int, states: Activations) -> None:
-        """The block's outputs are the next one's inputs, which may be the head; the last block may have no next."""
-        if index + 1 == self._last_measured:
+    def _hand_on(self, index: int, states: Activations, to_compare: bool = False) -> None:
+        """The block's outputs are the next one's inputs, which may be the head; the last block may have no next.
+
+        With ``to_compare`` the outputs are wanted for themselves.
+        """
+        if index + 1 == self._last_measured and not to_compare:
             return
         for sample in range(len(states)):
             states[sample] = self._inputs.run(self.skeleton, index, states[sample].to(self.device))
@@ -332,6 +370,7 @@ class Pipeline:
         self.transform_records += self.staging.transforms(index)
         for record in records:
             self._announce(record, resumed=True)
+        self._announce_tuned(self.staging.tuned(index), resumed=True)
         if streams is None or all(self.staging.is_done(later) for later in range(index, self._last_measured)):
             return records
         block, names = self.skeleton.blocks[index], self.skeleton.block_tensors(index)
@@ -401,6 +440,11 @@ class Pipeline:
     def _announce(self, record: LayerRecord, resumed: bool = False) -> None:
         self._solved += 1
         self.observer(LayerDone(record, self._solved, len(self.plan.layers), resumed))
+
+    def _announce_tuned(self, records: Sequence[BlockRecord], resumed: bool = False) -> None:
+        self.tuned += records
+        for record in records:
+            self.observer(BlockTuned(record, resumed))
 
 
 def solve_group(

@@ -20,10 +20,11 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton
-from quantkit.solvers import Solver
+from quantkit.solvers import AutoRound, Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
 from quantkit.transforms import AWQ, Rotation, SmoothQuant, check_model
+from quantkit.tuning import BlockTuning, num_steps, tuning_bytes
 
 _FLOAT32 = _INT32 = 4
 _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what is reported of them
@@ -140,6 +141,17 @@ class Plan:
         return self.untied.nbytes if self.untied is not None and self.head not in self.checkpoint.tensors else 0
 
     @cached_property
+    def tunes(self) -> bool:
+        """Whether something is learned from whole blocks' outputs."""
+        learned = any(isinstance(layer.solver, AutoRound) for layer in self.layers)
+        return learned or (self.recipe.tuning is not None and any(p.info.block is not None for p in self.layers))
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether calibration samples go through the blocks."""
+        return bool(self.needs) or self.tunes
+
+    @cached_property
     def measures_head(self) -> bool:
         """Whether the output head needs statistics of its input."""
         return any(layer.info.block is None and layer.needs for layer in self.layers)
@@ -232,25 +244,42 @@ class Plan:
     @property
     def num_streams(self) -> int:
         """Hidden states of each sample: the quantized model's, and the full-precision model's where it is compared."""
-        return 0 if not self.needs else 2 if Stat.DRIFT in self.needs else 1
+        return 0 if not self.runs_blocks else 2 if Stat.DRIFT in self.needs or self.tunes else 1
 
     @property
     def forward_passes(self) -> int:
         """Passes of every calibration sample through a block, at most: one to measure (for each of the streams, and
         true-sequentially for each input that layers share, plus one sample to see which do, plus one to find scales),
-        one to hand on.
+        one to hand on. Tuning comes on top: :meth:`training_passes`.
         """
-        if not self.needs:
+        if not self.runs_blocks:
             return 0
         inputs: dict[int | None, set[str]] = {}
         for layer in self.layers:
             if layer.needs and layer.info.block is not None:  # experts need one pass, however many they are
                 name = input_group(layer.info.name) if layer.info.expert is None else layer.info.expert.module
                 inputs.setdefault(layer.info.block, set()).add(name)
+        if not inputs and not self.scale_transforms:
+            return self.num_streams  # the second stream's, and to hand on
         if not self.recipe.true_sequential:
             return self.num_streams + 1
         scaling = self.num_streams if self.scale_transforms else 0  # to measure, and to advance the second stream
-        return self.num_streams * max(map(len, inputs.values()), default=0 if scaling else 1) + scaling + 1
+        return self.num_streams * max(map(len, inputs.values()), default=0) + scaling + 1
+
+    def training_passes(self, num_samples: int) -> float:
+        """Forward and backward passes of every sample through every block, while it is tuned."""
+        found = sum(num_steps(options, num_samples) * options.batch for options in self._tunings(0))
+        return found / max(num_samples, 1)
+
+    def _tunings(self, block: int) -> list[AutoRound | BlockTuning]:
+        """What is learned in a block."""
+        layers = self.block_layers(block)
+        found: list[AutoRound | BlockTuning] = list(
+            dict.fromkeys(layer.solver for layer in layers if isinstance(layer.solver, AutoRound))
+        )
+        if layers and self.recipe.tuning is not None:
+            found.append(self.recipe.tuning)
+        return found
 
     @property
     def num_shards(self) -> int:
@@ -297,10 +326,12 @@ class Plan:
             if self.recipe.transforms:  # what they change is held in float32, one matrix at a time in float64
                 block += sum(_FLOAT32 * info.numel for info in infos) + 4 * _FLOAT32 * max(i.numel for i in infos)
             peak = max(peak, block + _solving_bytes(self.block_layers(index)))
+            if self.tunes:
+                peak = max(peak, block + self._tuning_bytes(index, sequence_length))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
         outside += self.added_bytes
         peak = max(peak, outside + sum(_head_bytes(self.format, p, self.dtype) for p in self.block_layers(None)))
-        if not self.needs:
+        if not self.runs_blocks:
             return peak
         widest = max(layer.info.out_features + layer.info.in_features for layer in self.layers)
         sample = sequence_length * (8 * self._hidden_size + 4 * widest * self._experts_per_token) * _FLOAT32
@@ -323,6 +354,20 @@ class Plan:
         most = max((info.num_experts for info in self.skeleton.experts), default=1)
         stated = getattr(self.skeleton.model.config, "num_experts_per_tok", None)
         return stated if isinstance(stated, int) and 0 < stated < most else most
+
+    def _tuning_bytes(self, block: int, sequence_length: int) -> int:
+        """What tuning a block holds, with what one sample's passes keep for its gradients."""
+        layers = [layer for layer in self.block_layers(block) if layer.info.expert is None]
+        rounded = [layer.numel for layer in layers if isinstance(layer.solver, AutoRound)]
+        tuning = self.recipe.tuning
+        scaled = [layer.numel for layer in layers] if tuning is not None else []
+        kept = sum(layer.info.in_features + 2 * layer.info.out_features for layer in layers) + 8 * self._hidden_size
+        config = self.skeleton.model.config
+        scores = 0
+        if getattr(config, "_attn_implementation", None) == "eager":
+            scores = 3 * int(config.num_attention_heads) * sequence_length**2
+        held = tuning_bytes(rounded, scaled, codes=tuning is not None and tuning.codes, dtype=self.dtype)
+        return held + (sequence_length * kept + scores) * _FLOAT32
 
     @cached_property
     def _hidden_size(self) -> int:
@@ -376,7 +421,39 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes = _notes(skeleton, fmt, dtype, layers)
     plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structure)
     _check_share(plan)
+    _check_tunings(plan)
     return replace(plan, notes=(*notes, *_transform_notes(plan)))
+
+
+def _check_tunings(plan: Plan) -> None:
+    """The layers of a block are learned together: they share one set of options. Experts are solved one at a time."""
+    for layer in plan.layers:
+        if plan.tunes and layer.scheme.act_bits is not None:
+            raise RecipeError(
+                message(
+                    layer.info.name,
+                    f"scheme {layer.scheme} rounds activations, which no gradient passes: its block cannot be learned",
+                    "use a weight-only scheme, or method rtn or gptq without tuning",
+                )
+            )
+        if layer.info.expert is not None and isinstance(layer.solver, AutoRound):
+            raise RecipeError(
+                message(
+                    layer.info.name,
+                    "experts are solved one at a time, and method autoround looks at the whole block",
+                    "give them a rule with method: gptq or rtn",
+                )
+            )
+    for index in range(len(plan.skeleton.blocks)):
+        options = {layer.solver for layer in plan.block_layers(index) if isinstance(layer.solver, AutoRound)}
+        if len(options) > 1:
+            raise RecipeError(
+                message(
+                    f"{plan.skeleton.block_path}.{index}",
+                    "its layers have autoround with different options, and are learned together",
+                    "give them the same options; their schemes may differ",
+                )
+            )
 
 
 def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
@@ -466,6 +543,14 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
 
 def _check_outside(info: LinearInfo, scheme: QuantScheme, solver: Solver, is_head: bool) -> None:
     """Outside of the blocks only the output head's input is measured, and there is no full-precision one beside it."""
+    if isinstance(solver, AutoRound):
+        raise RecipeError(
+            message(
+                info.name,
+                "method autoround looks at a decoder block's output, and learns layers inside of the blocks only",
+                "give the rule that quantizes it a method of its own: rtn or gptq",
+            )
+        )
     if solver.needs and not is_head:
         raise RecipeError(
             message(

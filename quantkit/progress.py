@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from quantkit.errors import OutputError, message
-from quantkit.report import Event, LayerDone, LayerRecord, Note, Observer, Stage, Step
+from quantkit.report import BlockRecord, BlockTuned, Event, LayerDone, LayerRecord, Note, Observer, Stage, Step
 
 
 @contextmanager
@@ -58,6 +58,17 @@ def layer_line(record: LayerRecord) -> str:
     )
 
 
+def block_line(record: BlockRecord) -> str:
+    """One tuned block in one line."""
+    kept = (
+        f"kept step {record.kept_step} of {record.steps}" if record.kept_step else "nothing was better: kept as it was"
+    )
+    return (
+        f"{record.name}  {record.method} of {record.layers} layers  output error {record.error_before:.3%} -> "
+        f"{record.error_after:.3%} on {record.held_out} held-out samples, {kept}  {record.seconds:.1f} s"
+    )
+
+
 def duration(seconds: float) -> str:
     """Seconds as ``42s``, ``3m05s`` or ``2h07m``."""
     whole = round(seconds)
@@ -87,6 +98,9 @@ class _Plain:
         elif isinstance(event, LayerDone):
             found = " (already done)" if event.resumed else ""
             self._say(f"  [{event.done}/{event.total}] {layer_line(event.record)}{found}")
+        elif isinstance(event, BlockTuned):
+            found = " (already done)" if event.resumed else ""
+            self._say(f"  {block_line(event.record)}{found}")
         else:
             self._say(f"note: {event.text}")
 
@@ -132,6 +146,8 @@ class _Live:
             self._progress.update(self._task, advance=1)
         elif isinstance(event, LayerDone):
             self._console.print(escape(layer_line(event.record)), highlight=False)
+        elif isinstance(event, BlockTuned):
+            self._console.print(escape(block_line(event.record)), highlight=False)
         elif isinstance(event, Note):
             self._console.print(f"[yellow]note:[/] {escape(event.text)}", highlight=False)
 

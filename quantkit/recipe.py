@@ -26,8 +26,9 @@ from pydantic_core import PydanticSerializationError, to_json
 from quantkit.calibration import CalibrationSpec
 from quantkit.errors import RecipeError, message
 from quantkit.scheme import QuantScheme, parse_scheme
-from quantkit.solvers import GPTQ, RTN, Solver
+from quantkit.solvers import GPTQ, RTN, AutoRound, Solver
 from quantkit.transforms import AWQ, TRANSFORMS, Rotation, SmoothQuant, check_order
+from quantkit.tuning import BlockTuning
 
 _MAX_BYTES = 2**20
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -41,10 +42,10 @@ def _scheme(value: object) -> object:
 def _method(value: object) -> object:
     """A bare name is that method with its defaults; an unknown one is left for the validator to refuse."""
     if isinstance(value, dict) and "name" not in value:
-        raise ValueError("the method has no name; add name: rtn or name: gptq")
+        raise ValueError("the method has no name; add name: gptq, name: rtn or name: autoround")
     if not isinstance(value, str):
         return value
-    return next((solver() for solver in (RTN, GPTQ) if solver.name == value), {"name": value})
+    return next((solver() for solver in _METHODS.values() if solver.name == value), {"name": value})
 
 
 def _transform(value: object) -> object:
@@ -66,11 +67,12 @@ def parse_size(value: object) -> object:
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
+_METHODS: dict[str, type[RTN | GPTQ | AutoRound]] = {"rtn": RTN, "gptq": GPTQ, "autoround": AutoRound}
 SchemeField = Annotated[QuantScheme, BeforeValidator(_scheme)]
 TransformField = Annotated[
     Annotated[SmoothQuant | AWQ | Rotation, Field(discriminator="name")], BeforeValidator(_transform)
 ]
-MethodField = Annotated[Annotated[RTN | GPTQ, Field(discriminator="name")], BeforeValidator(_method)]
+MethodField = Annotated[Annotated[RTN | GPTQ | AutoRound, Field(discriminator="name")], BeforeValidator(_method)]
 
 
 class _Strict(BaseModel):
@@ -127,6 +129,7 @@ class Recipe(_Strict):
         method: the solver and its options.
         transforms: changes of the dense model before the method that leave its function as it is, in this order:
             rotation, smoothquant, awq.
+        tuning: what is learned after the solvers, block by block; None: nothing.
         rules: exceptions by module name; the first match wins. Layers outside of the decoder blocks (lm_head) are
             quantized only when a rule asks.
         calibration: the tokens that the method measures with; not read by rtn.
@@ -147,6 +150,7 @@ class Recipe(_Strict):
     scheme: SchemeField = QuantScheme(4, 128)
     method: MethodField = GPTQ()
     transforms: tuple[TransformField, ...] = ()
+    tuning: BlockTuning | None = None
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     true_sequential: bool = False
@@ -289,8 +293,9 @@ def _siblings(loc: Sequence[object], method: str | None) -> list[str]:
         "rules": list(Rule.model_fields),
         "calibration": [f.name for f in fields(CalibrationSpec)],
         "scheme": [f.name for f in fields(QuantScheme)],
-        "method": [f.name for f in fields(GPTQ if method == "gptq" else RTN)],
+        "method": [f.name for f in fields(_METHODS.get(method or "", RTN))],
         "transforms": [f.name for one in TRANSFORMS if one.name == method for f in fields(one)],
+        "tuning": [f.name for f in fields(BlockTuning)],
     }
     return next((owners[str(part)] for part in reversed(loc[:-1]) if str(part) in owners), [])
 

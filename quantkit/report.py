@@ -49,6 +49,43 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What tuning did to one block.
+
+    Attributes:
+        name: module name of the block.
+        method: ``autoround``, or ``tuning`` after the solvers.
+        layers: quantized layers that took part.
+        held_out: samples that the errors are measured on; none of them was trained on, unless it is the only one.
+        error_before: √(Σ‖y - ŷ‖² / Σ‖y‖²), y the full-precision model's hidden states behind the block.
+        error_after: of what was kept; never larger.
+        steps: updates that were made.
+        kept_step: the update whose state was kept; 0: the start, nothing was better.
+        seconds: time spent.
+        changed: norm gains and biases that are not the source's any more: tensor name -> sha256.
+    """
+
+    name: str
+    method: str
+    layers: int
+    held_out: int
+    error_before: float
+    error_after: float
+    steps: int
+    kept_step: int
+    seconds: float
+    changed: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTuned:
+    """A block was tuned (or found tuned, on resuming)."""
+
+    record: BlockRecord
+    resumed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerDone:
     """A layer was solved (or found solved, on resuming)."""
 
@@ -80,7 +117,7 @@ class Note:
     text: str
 
 
-Event = LayerDone | Stage | Step | Note
+Event = LayerDone | BlockTuned | Stage | Step | Note
 Observer = Callable[[Event], None]
 
 
@@ -143,3 +180,8 @@ def transform_to_dict(record: TransformRecord) -> dict[str, Any]:
 def transform_from_dict(value: dict[str, Any]) -> TransformRecord:
     """The inverse of :func:`transform_to_dict`."""
     return TransformRecord(**{**value, "readers": tuple(value["readers"])})
+
+
+def block_from_dict(value: dict[str, Any]) -> BlockRecord:
+    """The inverse of dataclasses.asdict."""
+    return BlockRecord(**value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class Prepared:
     num_tokens: int
     length: int
 
+    @property
+    def num_samples(self) -> int:
+        """Calibration samples."""
+        return len(self.tokens.samples) if self.tokens else self.plan.recipe.calibration.num_samples
+
     def to_dict(self) -> dict[str, Any]:
         """The plan's figures with those that depend on the calibration data."""
         return {
@@ -72,6 +77,7 @@ class Prepared:
             "output": str(self.output),
             "device": str(self.device),
             "calibration_tokens": self.num_tokens,
+            "training_passes_per_block": self.plan.training_passes(self.num_samples),
             "projected_peak_memory": self.plan.peak_memory(self.num_tokens, self.length),
         }
 
@@ -143,7 +149,7 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
     plan = prepared.plan
     for note in plan.notes:
         observer(Note(note))
-    data = prepared.tokens or (calibrate(plan, observer) if plan.needs else None)
+    data = prepared.tokens or (calibrate(plan, observer) if plan.runs_blocks else None)
     staging = Staging(prepared.output, plan.num_shards, _identity(prepared, data), resume=resume)
     before = staging.num_done()
     if resume:
@@ -162,9 +168,10 @@ def execute(prepared: Prepared, *, resume: bool = False, observer: Observer = ig
             observer(Note(note))
         report = _report(prepared, data, records, started, before)
         report["transforms"] = [transform_to_dict(record) for record in pipeline.transform_records]
+        report["tuned"] = [asdict(record) for record in pipeline.tuned]
         _write_rest(plan, staging, report)
         observer(Stage("verifying", 1))
-        verify_output(staging.path, plan, records)
+        verify_output(staging.path, plan, records, pipeline.tuned)
         observer(Step("verified"))
     except InterruptedRunError as error:
         raise InterruptedRunError(f"{error}; {_kept(staging)}") from error
@@ -227,7 +234,7 @@ def check_length(plan: Plan, length: int) -> None:
         CalibrationError: it has not.
     """
     limit = getattr(plan.skeleton.model.config, "max_position_embeddings", None)
-    if plan.needs and isinstance(limit, int) and length > limit:
+    if plan.runs_blocks and isinstance(limit, int) and length > limit:
         raise CalibrationError(
             message("--sequence-length", f"{length} is more than the model's {limit} positions", f"use at most {limit}")
         )

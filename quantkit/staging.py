@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from quantkit.checkpoint import read_json, write_json, write_shard
 from quantkit.errors import OutputError, message
-from quantkit.report import LayerRecord, layer_from_dict, layer_to_dict, transform_from_dict, transform_to_dict
+from quantkit.report import (
+    BlockRecord,
+    LayerRecord,
+    block_from_dict,
+    layer_from_dict,
+    layer_to_dict,
+    transform_from_dict,
+    transform_to_dict,
+)
 from quantkit.transforms import TransformRecord
 
 _RUN = "run.json"
@@ -106,12 +115,15 @@ class Staging:
         tensors: Mapping[str, Tensor],
         records: Sequence[LayerRecord],
         transforms: Sequence[TransformRecord] = (),
+        tuned: Sequence[BlockRecord] = (),
     ) -> None:
         """Write a shard, atomically, its records first."""
-        layers = [layer_to_dict(record) for record in records]
-        write_json(
-            self._records(shard), {"layers": layers, "transforms": [transform_to_dict(record) for record in transforms]}
-        )
+        stored = {
+            "layers": [layer_to_dict(record) for record in records],
+            "transforms": [transform_to_dict(record) for record in transforms],
+            "tuned": [asdict(record) for record in tuned],
+        }
+        write_json(self._records(shard), stored)
         write_shard(self.path / self.shard_name(shard), tensors)
 
     def records(self, shard: int) -> list[LayerRecord]:
@@ -123,6 +135,11 @@ class Staging:
         """The transform records of a shard that is done."""
         stored = read_json(self._records(shard), missing="start afresh with --overwrite")
         return [transform_from_dict(value) for value in stored["transforms"]]
+
+    def tuned(self, shard: int) -> list[BlockRecord]:
+        """What tuning did to the block of a shard that is done."""
+        stored = read_json(self._records(shard), missing="start afresh with --overwrite")
+        return [block_from_dict(value) for value in stored["tuned"]]
 
     def publish(self) -> None:
         """Move the finished directory to the output's place; an older output is removed only after that."""

@@ -8,16 +8,18 @@ from pathlib import Path
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, message
 from quantkit.plan import Plan
-from quantkit.report import LayerRecord
+from quantkit.report import BlockRecord, LayerRecord
+from quantkit.tuning import digest
 
 
-def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord]) -> None:
+def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord], tuned: Sequence[BlockRecord] = ()) -> None:
     """Names, shapes, dtypes, finite scales, and every layer's decoded weight against what its solver returned.
 
     Args:
         path: the directory that was written.
         plan: what it should hold.
         records: one for each layer, with the digest of the solver's result.
+        tuned: one for each tuning of a block, with the digests of the gains and biases that it changed.
 
     Raises:
         CheckpointError: the first thing that is not as it should be.
@@ -38,6 +40,17 @@ def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord]) -> Non
             )
         expected.update(prefix + name for name in plan.format.encode(q))
     _verify_rest(written, plan, expected)
+    _verify_tuned(written, tuned)
+
+
+def _verify_tuned(written: Checkpoint, tuned: Sequence[BlockRecord]) -> None:
+    """What tuning changed on purpose is as it was kept."""
+    for record in tuned:
+        for name, tensor in written.read(record.changed).items():
+            if digest(tensor) != record.changed[name]:
+                raise CheckpointError(
+                    message(name, "reads back different from what was tuned", "check the disk, and run again")
+                )
 
 
 def _verify_config(written: Checkpoint, plan: Plan) -> None:

@@ -22,6 +22,8 @@ PUBLIC = {
     "AWQ",
     "Rotation",
     "SmoothQuant",
+    "AutoRound",
+    "BlockTuning",
     "CalibrationError",
     "CalibrationSpec",
     "CheckpointError",

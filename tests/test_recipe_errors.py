@@ -42,7 +42,7 @@ def refused(text: str) -> str:
             "rules.0.scheme.symetric",
             "did you mean symmetric?",
         ),
-        ("zzz: 1", 1, "zzz", "allowed: scheme, method, transforms, rules, calibration, "),
+        ("zzz: 1", 1, "zzz", "allowed: scheme, method, "),
         ("1: 2", 1, "1", "allowed: "),
         ("transforms:\n- name: awq\n  gird: 3", 3, "transforms.0.gird", "did you mean grid?"),
         ("transforms: [rotation, {name: smoothquant, alhpa: 1}]", 1, "transforms.1.alhpa", "did you mean alpha?"),

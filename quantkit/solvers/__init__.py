@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from quantkit.solvers.autoround import AutoRound
 from quantkit.solvers.base import Solution, Solver
 from quantkit.solvers.gptq import GPTQ
 from quantkit.solvers.rtn import RTN
 
-SOLVERS: tuple[type[Solver], ...] = (RTN, GPTQ)
+SOLVERS: tuple[type[Solver], ...] = (RTN, GPTQ, AutoRound)
 
-__all__ = ["GPTQ", "RTN", "SOLVERS", "Solution", "Solver"]
+__all__ = ["GPTQ", "RTN", "SOLVERS", "AutoRound", "Solution", "Solver"]

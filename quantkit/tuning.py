@@ -1,0 +1,520 @@
+"""Tuning by gradients of what a solver leaves open, against a whole decoder block's output.
+
+A solver looks at one matrix. Here a block is run with quantized weights, its output is compared with the
+full-precision one's, and the gradient of the error moves what costs nothing at run time. Rounding and clamping are
+passed straight through (the gradient of round(x) is taken for 1). What may move is a :class:`TunedWeight` for each
+layer, one of
+
+- :class:`ClippedRounding`: codes from the original weight with a learned offset V in [-0.5, 0.5] for each weight and
+  learned clip factors α, β for each group (SignRound, arXiv:2309.05516, equations 3 to 5);
+- :class:`ScaledCodes`: a solver's codes, with a learned factor on each scale (the scale step of EfficientQAT's
+  Block-AP, arXiv:2407.11062, section 3.2), and where asked with offsets V that go on from the solver's rounding;
+
+and :class:`TunedVector` for gains and biases (norm tweaking, arXiv:2309.02784). Offsets and clip factors follow the
+sign of their gradient, scales and vectors follow Adam; both at a rate that falls linearly to zero.
+
+Some samples are held out. The block's error on them is measured at the start and several times on the way, always
+with the weights as they will be read from the file, and the state with the smallest one is kept: the start, when
+nothing was better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.activations import Activations
+from quantkit.errors import CheckpointError, RecipeError, message
+from quantkit.grid import quantize_through, range_qparams, shippable
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+from quantkit.solvers import AutoRound
+from quantkit.solvers.options import check_flag, check_fraction, check_integer
+
+Call = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""(hidden [1, length, hidden], parameters of the block by name that stand in for its own) -> the block's output."""
+
+_CHECKS = 8  # measurements of the held-out error after the start
+_BETAS = (0.9, 0.99)  # Adam's decay rates; runs have tens to hundreds of steps, too few for 0.999
+_EPSILON = 1e-12  # Adam's, far below every gradient: the loss is relative
+_WORK_COPIES = 10  # of the largest layer, in float32: the graph of its rounding
+_PULL = 0.5  # how far a continued rounding starts from the middle of its cell towards the original weight
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """Recipe key ``tuning``: what is learned after the solvers, block by block.
+
+    Attributes:
+        epochs: passes over the calibration samples that are not held out.
+        batch: samples an update.
+        learning_rate: of scales and vectors, relative to their size; Adam, falling linearly to 0.
+        scales: tune the scales of all quantized layers of the block, but for experts.
+        norms: tune gains and biases of the block's norms.
+        biases: tune the biases of its linear layers, where it has some.
+        codes: let the codes move on from the solver's rounding by the sign of their gradient.
+        codes_learning_rate: of the codes, in steps of the grid, falling linearly to 0.
+        held_out: share of the calibration samples that decides which state is kept.
+        seed: of the held-out samples and of the order of the others.
+    """
+
+    name: Literal["block"] = "block"
+    epochs: int = 2
+    batch: int = 4
+    learning_rate: float = 2e-3
+    scales: bool = True
+    norms: bool = True
+    biases: bool = True
+    codes: bool = False
+    codes_learning_rate: float = 5e-3
+    held_out: float = 0.0625
+    seed: int = 0
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    def __post_init__(self) -> None:
+        check_integer("tuning", "epochs", self.epochs, 1, "2")
+        check_integer("tuning", "batch", self.batch, 1, "4")
+        check_integer("tuning", "seed", self.seed, 0, "0")
+        check_fraction("tuning", "learning_rate", self.learning_rate, 1.0, "0.002")
+        check_fraction("tuning", "codes_learning_rate", self.codes_learning_rate, 1.0, "0.005")
+        check_fraction("tuning", "held_out", self.held_out, 0.5, "0.0625")
+        for name in ("scales", "norms", "biases", "codes"):
+            check_flag("tuning", name, getattr(self, name))
+        if not (self.scales or self.norms or self.biases or self.codes):
+            raise RecipeError(message("tuning", "nothing may move", "set scales, norms, biases or codes to true"))
+
+
+class TunedWeight(Protocol):
+    """A layer's quantized weight with parameters that may move.
+
+    Attributes:
+        name: of the layer within its block.
+        signed: parameters that follow the sign of their gradient, with the interval that each is kept in.
+        smooth: parameters that follow Adam.
+    """
+
+    name: str
+    signed: list[tuple[Tensor, float, float]]
+    smooth: list[Tensor]
+
+    def weight(self) -> Tensor:
+        """The real weight, float32 [out, in], differentiable."""
+        ...
+
+    def quantized(self) -> QuantizedTensor:
+        """The same weight as it ships: ``dequantize(quantized())`` equals ``weight()`` bit for bit."""
+        ...
+
+
+class ClippedRounding:
+    """Codes ``clamp(round(w/s + V) + z)``, the grid (s, z) from ``α·max(w)`` and ``β·min(w)``.
+
+    arXiv:2309.05516, equations 3 to 5. It starts (V = 0, α = β = 1) at round to nearest.
+
+    Args:
+        name: of the layer.
+        weight: float32 [out, in], the original.
+        scheme: the grid.
+        dtype: of the scales on disk.
+        clip: whether α and β move too.
+    """
+
+    def __init__(self, name: str, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, *, clip: bool) -> None:
+        self.name, self._scheme, self._dtype = name, scheme, dtype
+        self._original = weight.reshape(weight.shape[0], scheme.num_groups(weight.shape[1]), -1)
+        self._low = self._original.amin(-1).clamp(max=0)
+        self._high = self._original.amax(-1).clamp(min=0)
+        self._alpha = torch.ones_like(self._high).requires_grad_(clip)
+        self._beta = torch.ones_like(self._low).requires_grad_(clip)
+        self._offset = torch.zeros_like(self._original).requires_grad_()
+        self.signed = [(self._offset, -0.5, 0.5)]
+        if clip:
+            self.signed += [(self._alpha, 0.0, 1.0), (self._beta, 0.0, 1.0)]
+        self.smooth: list[Tensor] = []
+
+    def weight(self) -> Tensor:
+        """See :class:`TunedWeight`."""
+        codes, scale, zero_point = self._parts()
+        return ((codes - zero_point[..., None]) * scale[..., None]).flatten(1)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedTensor:
+        """See :class:`TunedWeight`."""
+        codes, scale, zero_point = self._parts()
+        return QuantizedTensor(
+            codes.flatten(1).to(torch.uint8), scale.to(self._dtype), zero_point.to(torch.uint8), self._scheme
+        )
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        scale, zero_point = range_qparams(self._low * self._beta, self._high * self._alpha, self._scheme, self._dtype)
+        x = self._original / scale[..., None] + self._offset
+        return quantize_through(x, zero_point[..., None], self._scheme), scale, zero_point
+
+
+class ScaledCodes:
+    """A solver's codes and zero points, with scales ``s·(1 + t)``.
+
+    With ``original``, the codes go on from where the solver left them: ``clamp(round(u + V) + z)``, where u is the
+    original ``w/s`` moved into the cell that the solver rounded it to. A weight that the solver pushed to the other
+    side of an edge starts next to it, one that lies deep in its cell has a long way.
+
+    Args:
+        name: of the layer.
+        start: what the solver returned.
+        scales: whether t moves.
+        original: float32 [out, in], the weight before it was solved; None keeps the codes.
+    """
+
+    def __init__(self, name: str, start: QuantizedTensor, *, scales: bool, original: Tensor | None = None) -> None:
+        self.name, self._start = name, start
+        # Columns of a group side by side, in whatever order they are on disk.
+        self._order = None if start.g_idx is None else torch.argsort(start.g_idx, stable=True)
+        self._inverse = None if self._order is None else torch.argsort(self._order)
+        self._codes = self._grouped(start.codes)
+        self._scale, self._zero_point = start.scale.float(), start.zero_point.float()
+        self._factor = torch.zeros_like(self._scale).requires_grad_(scales)
+        self._offset: Tensor | None = None
+        self.signed: list[tuple[Tensor, float, float]] = []
+        self.smooth = [self._factor] if scales else []
+        if original is not None:
+            centre = self._codes - self._zero_point[..., None]
+            x = self._grouped(original) / self._scale[..., None]
+            self._base = centre + (x - centre).clamp(-0.5, 0.5) * _PULL
+            self._offset = torch.zeros_like(self._base).requires_grad_()
+            self.signed = [(self._offset, -1.0, 1.0)]
+
+    def weight(self) -> Tensor:
+        """See :class:`TunedWeight`."""
+        centred = self._current() - self._zero_point[..., None]
+        return self._columns((centred * self._shipped().to(torch.float32)[..., None]).flatten(1))
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedTensor:
+        """See :class:`TunedWeight`."""
+        codes = self._columns(self._current().flatten(1)).to(torch.uint8)
+        return QuantizedTensor(codes, self._shipped(), self._start.zero_point, self._start.scheme, self._start.g_idx)
+
+    def _shipped(self) -> Tensor:
+        return shippable(self._scale * (1 + self._factor), self._start.scale.dtype)
+
+    def _current(self) -> Tensor:
+        if self._offset is None:
+            return self._codes.float()
+        return quantize_through(self._base + self._offset, self._zero_point[..., None], self._start.scheme)
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        ordered = matrix if self._order is None else matrix[:, self._order]
+        return ordered.reshape(matrix.shape[0], self._start.scale.shape[1], -1)
+
+    def _columns(self, ordered: Tensor) -> Tensor:
+        return ordered if self._inverse is None else ordered[:, self._inverse]
+
+
+class TunedVector:
+    """A gain or bias ``v + unit·t``, unit the root mean square of v, so that one learning rate fits all.
+
+    Args:
+        name: of the parameter within its block.
+        start: [n], the values and the dtype that ship.
+    """
+
+    def __init__(self, name: str, start: Tensor) -> None:
+        self.name, self._dtype, self._start = name, start.dtype, start.float()
+        unit = float(self._start.square().mean().sqrt())
+        self._unit = unit if unit > 0 else 1.0
+        self._step = torch.zeros_like(self._start).requires_grad_()
+        self.smooth = [self._step]
+
+    def value(self) -> Tensor:
+        """The vector as it ships, differentiable."""
+        return (self._start + self._unit * self._step).to(self._dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long, on what and how fast.
+
+    Attributes:
+        steps: updates.
+        batch: samples an update.
+        sign_rate: of the sign steps, at the first one.
+        adam_rate: of Adam, at the first step.
+        held_out: share of the samples that is held out.
+        seed: decides which, and the order of the others.
+    """
+
+    steps: int
+    batch: int
+    sign_rate: float
+    adam_rate: float
+    held_out: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The kept state.
+
+    Attributes:
+        weights: layer -> quantized weight.
+        vectors: parameter -> values.
+        error_before: √(Σ‖y - ŷ‖² / Σ‖y‖²) of the block's output on the held-out samples at the start.
+        error_after: of the kept state; never larger.
+        steps: updates that were made.
+        kept_step: the update after which it was measured; 0: the start.
+    """
+
+    weights: dict[str, QuantizedTensor]
+    vectors: dict[str, Tensor]
+    error_before: float
+    error_after: float
+    steps: int
+    kept_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """A block that is to be tuned.
+
+    Attributes:
+        where: its name, for errors.
+        call: runs it.
+        transposed: names of the layers whose weight lies as [in, out].
+        dtype: of the forward pass, and of the scales on disk.
+        inputs: hidden states in front of the block.
+        targets: what its output should be.
+        device: where it runs.
+        index: its place in the model; the seeds of two blocks differ by it.
+    """
+
+    where: str
+    call: Call
+    transposed: frozenset[str]
+    dtype: torch.dtype
+    inputs: Activations
+    targets: Activations
+    device: torch.device
+    index: int
+
+
+def round_block(options: AutoRound, run: BlockRun, layers: Mapping[str, tuple[Tensor, QuantScheme]]) -> Tuned:
+    """Learn the rounding of these layers.
+
+    Args:
+        options: how.
+        run: the block; all its other layers are as they will be.
+        layers: name within the block -> original weight [out, in], any floating-point dtype, and the grid.
+    """
+    weights = [
+        ClippedRounding(name, weight.to(run.device, torch.float32), scheme, run.dtype, clip=options.clip)
+        for name, (weight, scheme) in layers.items()
+    ]
+    seed = _seed(options.seed, run.index, len(run.inputs))
+    schedule = Schedule(options.iterations, options.batch, options.rate, 0.0, options.held_out, seed)
+    return BlockTuner(run, weights, ()).run(schedule)
+
+
+def tune_block(
+    options: BlockTuning,
+    run: BlockRun,
+    starts: Mapping[str, QuantizedTensor],
+    originals: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+) -> Tuned:
+    """Tune what the solvers left open.
+
+    Args:
+        options: what may move, and how.
+        run: the block.
+        starts: layer -> its solved weight.
+        originals: layer -> the weight [out, in] before it was solved; read only where the codes move.
+        vectors: gains and biases that may move, with the dtype that ships.
+    """
+    weights = [
+        ScaledCodes(
+            name,
+            start,
+            scales=options.scales,
+            original=originals[name].to(run.device, torch.float32) if options.codes else None,
+        )
+        for name, start in starts.items()
+        if options.scales or options.codes
+    ]
+    moving = [TunedVector(name, vector.to(run.device)) for name, vector in vectors.items()]
+    schedule = Schedule(
+        num_steps(options, len(run.inputs)),
+        options.batch,
+        options.codes_learning_rate,
+        options.learning_rate,
+        options.held_out,
+        _seed(options.seed, run.index, len(run.inputs)),
+    )
+    return BlockTuner(run, weights, moving).run(schedule)
+
+
+def num_steps(options: AutoRound | BlockTuning, count: int) -> int:
+    """Updates of a block with ``count`` calibration samples."""
+    if isinstance(options, AutoRound):
+        return options.iterations
+    training = max(count - held_out_count(count, options.held_out), 1)
+    return math.ceil(options.epochs * training / options.batch)
+
+
+def tuning_bytes(rounded: Sequence[int], scaled: Sequence[int], *, codes: bool, dtype: torch.dtype) -> int:
+    """Bytes that tuning a block holds, besides the block itself and one sample's activations.
+
+    Of each layer the weight before it was solved, its codes as solved, as kept and as they are compared, the real
+    weight and its gradient; of one whose codes move the original and the offsets in float32; and the work space of
+    one layer's rounding.
+
+    Args:
+        rounded: number of weights of each layer whose method is autoround.
+        scaled: of each layer that is tuned after its solver; may hold the same layers.
+        codes: whether their codes move.
+        dtype: of the forward pass.
+    """
+    layers = max(rounded, scaled, key=sum)
+    moving = max(sum(rounded), sum(scaled) if codes else 0)
+    return (3 + 3 * dtype.itemsize) * sum(layers) + 8 * moving + _WORK_COPIES * 4 * max(layers, default=0)
+
+
+def _seed(seed: int, index: int, count: int) -> int:
+    return (seed * 1_000_003 + index * 1009 + count) % 2**63
+
+
+class BlockTuner:
+    """The loop over batches.
+
+    Args:
+        run: the block.
+        weights: the layers that move; their parameters are changed.
+        vectors: the gains and biases that move.
+    """
+
+    def __init__(self, run: BlockRun, weights: Sequence[TunedWeight], vectors: Sequence[TunedVector]) -> None:
+        self.block, self.weights, self.vectors = run, weights, vectors
+        self.where, self.dtype, self.device = run.where, run.dtype, run.device
+
+    def run(self, schedule: Schedule) -> Tuned:
+        """Tune, and return the best state that was measured."""
+        generator = torch.Generator().manual_seed(schedule.seed)
+        held_out, training = split(len(self.block.inputs), schedule.held_out, generator)
+        order = shuffled(training, schedule.steps * schedule.batch, generator)
+        smooth = [p for weight in self.weights for p in weight.smooth]
+        smooth += [p for vector in self.vectors for p in vector.smooth]
+        adam = torch.optim.Adam(smooth, schedule.adam_rate, _BETAS, _EPSILON) if smooth else None
+        checks = {math.ceil(schedule.steps * (k + 1) / _CHECKS) for k in range(_CHECKS)}
+        before = self.error(held_out)
+        best, kept, state = before, 0, self._state()
+        for step in range(schedule.steps):
+            left = 1 - step / schedule.steps
+            self._gradients(order[step * schedule.batch : (step + 1) * schedule.batch], left * schedule.sign_rate)
+            if adam is not None:
+                adam.param_groups[0]["lr"] = left * schedule.adam_rate
+                adam.step()
+                adam.zero_grad()
+            if step + 1 in checks:
+                error = self.error(held_out)
+                if error < best:
+                    best, kept, state = error, step + 1, self._state()
+        return Tuned(*state, before, best, schedule.steps, kept)
+
+    @torch.no_grad()
+    def error(self, samples: Sequence[int]) -> float:
+        """√(Σ‖y - ŷ‖² / Σ‖y‖²) over these samples."""
+        parameters = self._parameters()
+        squares = signal = 0.0
+        for sample in samples:
+            target = self.block.targets[sample].to(self.device).float()
+            output = self.block.call(self.block.inputs[sample].to(self.device), parameters).float()
+            squares += float((output - target).square().sum(dtype=torch.float64))
+            signal += float(target.square().sum(dtype=torch.float64))
+        self._check(squares, "its output")
+        return math.sqrt(squares / signal) if signal > 0 else 0.0
+
+    def _gradients(self, samples: Sequence[int], sign_rate: float) -> None:
+        """Gradients of one batch: the sign steps are taken at once, those of smooth parameters are left in ``grad``.
+
+        Only the real weights stand in the graph of the block. Their gradients go on to codes and scales one layer
+        after the other, so that the work space of the rounding is one layer's.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in self._parameters().items()}
+        for sample in samples:
+            target = self.block.targets[sample].to(self.device).float()
+            with torch.enable_grad():
+                output = self.block.call(self.block.inputs[sample].to(self.device), leaves).float()
+                # Relative, not a mean over elements: its gradients stay within what 16-bit types can hold.
+                loss = (output - target).square().sum() / target.square().mean()
+            loss.backward()
+        for weight in self.weights:
+            gradient = leaves.pop(f"{weight.name}.weight").grad
+            if gradient is None:  # an expert that no token of this batch was sent to
+                continue
+            self._check(float(gradient.float().abs().sum()), f"the gradient of {weight.name}")
+            with torch.enable_grad():
+                value = self._as_parameter(weight)
+            torch.autograd.backward(value, gradient)
+            for parameter, low, high in weight.signed:
+                assert parameter.grad is not None
+                with torch.no_grad():
+                    parameter.sub_(parameter.grad.sign_(), alpha=sign_rate).clamp_(low, high)
+                parameter.grad = None
+        for vector in self.vectors:
+            gradient = leaves[vector.name].grad
+            if gradient is not None:
+                with torch.enable_grad():
+                    value = vector.value().to(self.dtype)
+                torch.autograd.backward(value, gradient)
+
+    @torch.no_grad()
+    def _parameters(self) -> dict[str, Tensor]:
+        found = {f"{weight.name}.weight": self._as_parameter(weight) for weight in self.weights}
+        return {**found, **{vector.name: vector.value().to(self.dtype) for vector in self.vectors}}
+
+    def _as_parameter(self, weight: TunedWeight) -> Tensor:
+        value = weight.weight().to(self.dtype)
+        return value.T if weight.name in self.block.transposed else value
+
+    def _state(self) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        with torch.no_grad():
+            vectors = {vector.name: vector.value().clone() for vector in self.vectors}
+        return {weight.name: weight.quantized() for weight in self.weights}, vectors
+
+    def _check(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise CheckpointError(
+                message(self.where, f"{what} is not finite", "use --dtype float32, or tune without this block")
+            )
+
+
+def split(count: int, share: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Held-out and training samples: ``share`` of them, at least one, is held out; a single sample is both."""
+    if count == 1:
+        return [0], [0]
+    order = torch.randperm(count, generator=generator).tolist()
+    held = held_out_count(count, share)
+    return sorted(order[:held]), sorted(order[held:])
+
+
+def held_out_count(count: int, share: float) -> int:
+    """How many of ``count`` samples are held out."""
+    return min(max(round(count * share), 1), max(count - 1, 1))
+
+
+def shuffled(samples: Sequence[int], length: int, generator: torch.Generator) -> list[int]:
+    """``length`` samples: all of them in random order, and again in another, until there are enough."""
+    order: list[int] = []
+    while len(order) < length:
+        order += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+    return order[:length]
+
+
+def digest(vector: Tensor) -> str:
+    """sha256 of a vector's bytes."""
+    return hashlib.sha256(vector.contiguous().cpu().view(torch.uint8).numpy().data).hexdigest()

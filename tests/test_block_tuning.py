@@ -1,0 +1,250 @@
+"""Tuning inside of the pipeline: every family, mixed recipes, resuming, what is reported and verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from test_run import files
+from torch import Tensor
+
+import quantkit
+from quantkit.checkpoint import Checkpoint
+from quantkit.plan import make_plan
+from quantkit.recipe import make_recipe
+from quantkit.report import BlockTuned, Event, Stage, Step
+from quantkit.run import execute, prepare
+from quantkit.staging import partial_path
+
+AUTOROUND = {"name": "autoround", "iterations": 6, "batch": 2, "learning_rate": 0.04}
+ROUNDED: dict[str, Any] = {"scheme": "w3a16_g16", "method": AUTOROUND}
+TUNING: dict[str, Any] = {"epochs": 2, "batch": 2}
+TUNED: dict[str, Any] = {"scheme": "w3a16_g16_asym", "method": "gptq", "tuning": TUNING}
+
+
+@pytest.fixture
+def thrice(tokens: list[Tensor]) -> list[Tensor]:
+    """Every sample three times: what is held out is trained on too. Nothing can be generalized from random tokens."""
+    return tokens * 3
+
+
+class Recorder:
+    """Keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def report(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "report.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Learned rounding, then tuning of scales, norms and biases: the output verifies, loads, and no block got worse."""
+    recipe = {**ROUNDED, "tuning": {**TUNING, "learning_rate": 0.01}}
+    result = quantkit.quantize(tiny(family), tmp_path / "out", recipe=recipe, tokens=thrice)
+    blocks = result.report["tuned"]
+    assert [block["method"] for block in blocks] == ["autoround", "tuning"] * 3
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        assert first["error_after"] <= first["error_before"]
+        assert second["error_after"] <= second["error_before"]
+    assert sum(block["error_after"] < block["error_before"] for block in blocks) >= 4
+    changed = [name for block in blocks for name in block["changed"]]
+    assert len(changed) == len({*changed}) > 0
+    dense, written = Checkpoint(tiny(family)), Checkpoint(tmp_path / "out")
+    for name in dense.tensors.keys() & written.tensors.keys():
+        same = torch.equal(dense.read([name])[name], written.read([name])[name])
+        assert same == (name not in changed), name
+    assert all(dense.tensors[name].shape == written.tensors[name].shape for name in changed)
+    model = quantkit.load(tmp_path / "out")
+    assert bool(torch.isfinite(model(input_ids=thrice[0][None]).logits).all())
+
+
+def test_the_tuned_block_is_what_is_handed_on(
+    tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """The last block's reported error, from the written files alone: dense and quantized model side by side."""
+    samples = tokens[:1]  # the one sample is trained on and held out
+    result = quantkit.quantize(tiny("llama"), tmp_path / "out", recipe=TUNED, tokens=samples)
+    dense, quantized = quantkit.load(tiny("llama")), quantkit.load(tmp_path / "out")
+    seen: list[Tensor] = []
+    for model in (dense, quantized):
+        model.get_submodule("model.layers.2").register_forward_hook(
+            lambda *a: seen.append(a[2][0] if isinstance(a[2], tuple) else a[2])
+        )
+        with torch.no_grad():
+            model(input_ids=samples[0][None])
+    error = float((seen[1] - seen[0]).norm() / seen[0].norm())
+    assert result.report["tuned"][-1]["error_after"] == pytest.approx(error, rel=1e-3)
+
+
+def test_tuning_after_any_method(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Codes stay unless they are asked to move; scales and norms do not stay."""
+    for method in ("rtn", "gptq"):
+        plain = {"scheme": "w3a16_g16", "method": method}
+        quantkit.quantize(tiny("qwen2"), tmp_path / method, recipe=plain, tokens=thrice)
+        for codes in (False, True):
+            out = tmp_path / f"{method}-{codes}"
+            tuning = {**TUNING, "codes": codes, "codes_learning_rate": 0.05}
+            quantkit.quantize(tiny("qwen2"), out, recipe={**plain, "tuning": tuning}, tokens=thrice)
+            before, after = (load_file(next(p.glob("model-00001-*"))) for p in (tmp_path / method, out))
+            assert before.keys() == after.keys()
+            packed = [torch.equal(before[n], after[n]) for n in before if n.endswith("weight_packed")]
+            assert not any(packed) if codes else all(packed)
+            for kind in ("weight_scale", "norm.weight", "q_proj.bias"):
+                assert not any(torch.equal(before[n], after[n]) for n in before if n.endswith(kind)), kind
+
+
+def test_parts_that_are_switched_off_stay(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    plain = {"scheme": "w3a16_g16", "method": "rtn"}
+    quantkit.quantize(tiny("qwen2"), tmp_path / "plain", recipe=plain)
+    before = load_file(next((tmp_path / "plain").glob("model-00001-*")))
+    kinds = {"scales": "weight_scale", "norms": "norm.weight", "biases": "proj.bias"}
+    for off, kind in kinds.items():
+        recipe = {**plain, "tuning": {**TUNING, off: False}}
+        quantkit.quantize(tiny("qwen2"), tmp_path / off, recipe=recipe, tokens=thrice)
+        after = load_file(next((tmp_path / off).glob("model-00001-*")))
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved
+        assert not [name for name in moved if name.endswith(kind)]
+
+
+def test_mixed_methods_in_one_block(tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path) -> None:
+    """GPTQ, RTN and kept layers stand first, as without their neighbours; then the rest is learned."""
+    rules = [
+        {"match": "*.o_proj", "skip": True},
+        {"match": "*.down_proj", "scheme": "w8a16", "method": "rtn"},
+        {"match": "re:.*[qkv]_proj", "method": "gptq"},
+    ]
+    quantkit.quantize(tiny("llama"), tmp_path / "out", recipe={**ROUNDED, "rules": rules}, tokens=tokens)
+    layers = {layer["name"]: layer for layer in report(tmp_path / "out")["layers"]}
+    methods = {name.rpartition(".")[2]: layer["method"] for name, layer in layers.items()}
+    assert methods == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "gptq"),
+        "gate_proj": "autoround",
+        "up_proj": "autoround",
+        "down_proj": "rtn",
+    }
+    assert all(block["layers"] == 2 for block in report(tmp_path / "out")["tuned"])
+    # The solved layers of the first block are the plain run's.
+    gptq = {"scheme": "w3a16_g16", "method": "gptq", "rules": [*rules[:2], {"match": "*.mlp.*", "skip": True}]}
+    plain = quantkit.quantize(tiny("llama"), tmp_path / "plain", recipe=gptq, tokens=tokens).report["layers"]
+    for layer in plain[:3]:
+        assert layers[layer["name"]]["digest"] == layer["digest"]
+
+
+@pytest.mark.parametrize("recipe", [ROUNDED, TUNED], ids=["rounded", "tuned"])
+def test_resumed_run_writes_the_same_bytes(
+    recipe: dict[str, Any], tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """Interrupted behind each block, also the tuning of finished blocks is reported and verified."""
+    whole = quantkit.quantize(tiny("gemma3_text"), tmp_path / "whole", recipe=recipe, tokens=tokens)
+    for stop in (1, 2, 3):
+        out = tmp_path / f"stopped-{stop}"
+        blocks = 0
+
+        def interrupt(event: Event, stop: int = stop) -> None:
+            nonlocal blocks
+            blocks += isinstance(event, Step)
+            if blocks == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantkit.quantize(tiny("gemma3_text"), out, recipe=recipe, tokens=tokens, observer=interrupt)
+        assert len(list(partial_path(out).glob("model-*.safetensors"))) == stop
+        recorder = Recorder()
+        again = quantkit.quantize(
+            tiny("gemma3_text"), out, recipe=recipe, tokens=tokens, resume=True, observer=recorder
+        )
+        assert files(out) == files(tmp_path / "whole")
+        found = [{**b, "seconds": 0} for b in again.report["tuned"]]
+        assert found == [{**b, "seconds": 0} for b in whole.report["tuned"]]
+        assert [e.resumed for e in recorder.events if isinstance(e, BlockTuned)] == [i < stop for i in range(3)]
+
+
+def test_a_spoiled_norm_is_found(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Verification knows what each tuned gain should be, not only its shape."""
+    prepared = prepare(tiny("llama"), tmp_path / "out", recipe=TUNED, tokens=thrice)
+
+    def spoil(event: Event) -> None:
+        if isinstance(event, Stage) and event.title == "verifying":
+            shard = next(partial_path(tmp_path / "out").glob("model-00002-*"))
+            tensors = load_file(shard)
+            tensors["model.layers.1.input_layernorm.weight"] += 0.5
+            save_file(tensors, shard)
+
+    with pytest.raises(quantkit.CheckpointError, match=r"layers\.1\.input_layernorm\.weight: reads back different"):
+        execute(prepared, observer=spoil)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_block_one_set_of_options(tiny: Callable[[str], Path]) -> None:
+    rules = [{"match": "*.mlp.*", "method": {"name": "autoround", "iterations": 7}}]
+    with pytest.raises(
+        quantkit.RecipeError, match=r"model\.layers\.0: its layers have autoround with different options"
+    ):
+        make_plan(Checkpoint(tiny("llama")), make_recipe({**ROUNDED, "rules": rules}))
+
+
+def test_after_transforms(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Scaled norms are tuned from where the transform left them, against the stream that was rotated alike."""
+    recipe = {**TUNED, "method": "rtn", "transforms": ["rotation", "awq"]}
+    tuned = quantkit.quantize(tiny("llama"), tmp_path / "out", recipe=recipe, tokens=thrice).report["tuned"]
+    assert all(0 < block["error_after"] < block["error_before"] < 0.5 for block in tuned)
+    assert all(block["changed"] for block in tuned)
+    plain = quantkit.quantize(tiny("llama"), tmp_path / "plain", recipe={**recipe, "tuning": None}, tokens=thrice)
+    norms = [Checkpoint(tmp_path / n).read(tuned[0]["changed"]) for n in ("plain", "out")]
+    assert plain.report["tuned"] == []
+    for name, before in norms[0].items():
+        assert 0 < float((norms[1][name] - before).norm()) < 0.3 * float(before.norm())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_around_experts(family: str, tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Experts stay as they were solved, with everything around them tuned; learning them is refused by name."""
+    recipe = {"scheme": "w3a16_g16", "method": "rtn", "tuning": {**TUNING, "learning_rate": 0.005}}
+    tuned = quantkit.quantize(tiny(family), tmp_path / "out", recipe=recipe, tokens=thrice).report
+    plain = quantkit.quantize(tiny(family), tmp_path / "plain", recipe={**recipe, "tuning": None}).report
+    digests = [{layer["name"]: layer["digest"] for layer in r["layers"]} for r in (tuned, plain)]
+    same = {name: digest == digests[1][name] for name, digest in digests[0].items()}
+    assert all(equal for name, equal in same.items() if ".experts." in name)
+    assert not all(equal for name, equal in same.items() if ".experts." not in name)
+    with pytest.raises(quantkit.RecipeError, match=r"experts.*: experts are solved one at a time"):
+        make_plan(Checkpoint(tiny(family)), make_recipe(ROUNDED))
+
+
+@pytest.mark.parametrize("recipe", [ROUNDED, TUNED], ids=["rounded", "tuned"])
+def test_rounded_activations_are_refused(recipe: dict[str, Any], tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(quantkit.RecipeError, match=r"q_proj: scheme w8a8.* rounds activations"):
+        make_plan(Checkpoint(tiny("llama")), make_recipe({**recipe, "scheme": "w8a8"}))
+
+
+def test_the_head_is_not_learned(tiny: Callable[[str], Path]) -> None:
+    rules = [{"match": "lm_head", "scheme": "w8a16"}]
+    with pytest.raises(quantkit.RecipeError, match=r"lm_head: method autoround .* inside of the blocks"):
+        make_plan(Checkpoint(tiny("llama")), make_recipe({**ROUNDED, "rules": rules}))
+
+
+def test_the_plan_shows_what_it_costs(tiny: Callable[[str], Path]) -> None:
+    source = Checkpoint(tiny("llama"))
+    rtn = make_plan(source, make_recipe({"scheme": "w3a16_g16", "method": "rtn"}))
+    rounded = make_plan(source, make_recipe(ROUNDED))
+    tuned = make_plan(source, make_recipe(TUNED))
+    gptq = make_plan(source, make_recipe({**TUNED, "tuning": None}))
+    assert rounded.peak_memory(1000, 100) > rtn.peak_memory(1000, 100)
+    assert tuned.peak_memory(1000, 100) > gptq.peak_memory(1000, 100)
+    assert tuned.activation_bytes(1000) == 2 * gptq.activation_bytes(1000)
+    assert rounded.training_passes(12) == pytest.approx(6 * 2 / 12)  # iterations x batch samples of 12
+    assert tuned.training_passes(12) == pytest.approx(2 * 11 / 12, rel=0.1)  # epochs over those not held out
+    assert gptq.training_passes(12) == 0.0
