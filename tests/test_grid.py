@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import SchemeError
 from quantkit.grid import (
+    NUDGE,
     SHRINK,
     Grids,
     activation_scale,
@@ -322,12 +323,18 @@ def test_the_search_finds_the_best_of_its_ranges(bits: int, symmetric: bool, wei
     assert bool((scale != full).any())
     assert bool((scale < 0).any()) == symmetric
     for i, j in itertools.product(range(3), range(4)):
-        wanted = math.inf
+        wanted, best = math.inf, (0.0, 0)
         low = min(float(groups[i, j].min()), 0.0)
         for factor, sign in itertools.product((1.0, *SHRINK), (1, -1) if symmetric else (1,)):
             tried = float((full[i, j].double() * factor).to(torch.bfloat16)) * sign
             zero = scheme.mid if symmetric else min(max(round(-factor * low / tried), 0), scheme.levels - 1)
-            wanted = min(wanted, squared_error(groups[i, j], importance[j], tried, zero, scheme.levels))
+            error = squared_error(groups[i, j], importance[j], tried, zero, scheme.levels)
+            if error < wanted:
+                wanted, best = error, (tried, zero)
+        for shift, factor in itertools.product((-1, 0, 1), () if symmetric else NUDGE):
+            nudged = float(torch.tensor(best[0] * factor).to(torch.bfloat16))
+            zero = min(max(best[1] + shift, 0), scheme.levels - 1)
+            wanted = min(wanted, squared_error(groups[i, j], importance[j], nudged, zero, scheme.levels))
         found = squared_error(groups[i, j], importance[j], float(scale[i, j]), int(zero_point[i, j]), scheme.levels)
         assert found == pytest.approx(wanted, rel=1e-12)
 

@@ -64,7 +64,7 @@ class GPTQ:
             give the full-precision model's outputs (asymmetric calibration, GPTAQ, arXiv:2504.02692). The loss that is
             reported is then that against the moved weights.
         sweeps: times that all codes are chosen again by coordinate descent (QuantEase, arXiv:2309.01885).
-        refit: whether scales are fitted to the codes in closed form, before, between and after the sweeps.
+        refit: whether scales are fitted to the codes in closed form, after each sweep, or once.
         block_size: columns between two lazy updates. It changes the speed, not the result.
     """
 
@@ -142,10 +142,10 @@ class GPTQ:
         state, damping = columns.rounded(), factor.damping
         del columns, factor
         for _ in range(self.sweeps):
+            sweep(state, hessian, damping, self.block_size)
             if self.refit:
                 refit(state, hessian, damping)
-            sweep(state, hessian, damping, self.block_size)
-        if self.refit:
+        if self.refit and self.sweeps == 0:
             refit(state, hessian, damping)
         dead = int((hessian.diagonal() == 0).sum())
         return state.solution(scheme, notes + _dead_note(dead, weight.shape[1]), self.act_order == "group")
