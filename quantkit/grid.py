@@ -172,6 +172,7 @@ class Grids:
         self._scales, self._lows = self._scale.unbind(), self._low.unbind()
         self._high = self._low + (scheme.levels - 1)
         self._highs = self._high.unbind()
+        self._bounds = (-scheme.mid, scheme.mid - 1) if scheme.symmetric else None
 
     @classmethod
     def empty(
@@ -218,8 +219,8 @@ class Grids:
         """
         scale = self._scales[group]
         torch.div(weight, scale, out=out).round_()
-        if self._scheme.symmetric:
-            out.clamp_(-self._scheme.mid, self._scheme.mid - 1)
+        if self._bounds is not None:
+            out.clamp_(*self._bounds)
         else:
             torch.clamp(out, self._lows[group], self._highs[group], out=out)
         return scale

@@ -246,8 +246,9 @@ class _Columns:
     def made_up(self, first: int, last: int, targets: Tensor) -> Tensor:
         """These columns where GPTQ's updates leave them: they would cancel all errors that were made so far."""
         weight, unit = self.weight[first:last], self.factor.unit[first:last, first:last]
-        moved: Tensor = torch.linalg.solve_triangular(unit.T, targets - weight, upper=True, unitriangular=True)
-        return moved.add_(weight)
+        # From the right, transposed: LAPACK would make a transposed copy otherwise.
+        moved = torch.linalg.solve_triangular(unit, (targets - weight).T, upper=False, left=False, unitriangular=True)
+        return weight + moved.T
 
     def round(self, first: int, last: int, targets: Tensor, groups: list[int]) -> None:
         """Round the columns of the innermost span one after the other (Algorithm 1, the inner loop).
