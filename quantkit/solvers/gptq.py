@@ -247,8 +247,9 @@ class _Columns:
         """These columns where GPTQ's updates leave them: they would cancel all errors that were made so far."""
         weight, unit = self.weight[first:last], self.factor.unit[first:last, first:last]
         # From the right, transposed: LAPACK would make a transposed copy otherwise.
-        moved = torch.linalg.solve_triangular(unit, (targets - weight).T, upper=False, left=False, unitriangular=True)
-        return weight + moved.T
+        missing = (targets - weight).T
+        moved: Tensor = torch.linalg.solve_triangular(unit, missing, upper=False, left=False, unitriangular=True).T
+        return moved.add_(weight)
 
     def round(self, first: int, last: int, targets: Tensor, groups: list[int]) -> None:
         """Round the columns of the innermost span one after the other (Algorithm 1, the inner loop).
