@@ -38,6 +38,7 @@ from quantkit.source import open_tokenizer, resolve_model
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent.parent / "recipes"
+PLAIN = HERE / "recipes" / "gptq-plain.yaml"  # the options that all programs have
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 MB = 1e6
 LENGTH = 512
@@ -48,7 +49,8 @@ SCHEMES = {
     "w8a8": "W8A8",
 }
 PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "autoround": "AutoRound"}
-_WEIGHT_ONLY = ("w4_sym", "w4_asym", "w3_asym")
+NAMES = {"w4_sym": "w4a16_g64_sym", "w4_asym": "w4a16_g64_asym", "w3_asym": "w3a16_g64_asym"}  # quantkit's
+_WEIGHT_ONLY = tuple(NAMES)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ RUNS = (
     *(Run("llmcompressor", s, "gptq-plain") for s in _WEIGHT_ONLY),
     *(Run("gptqmodel", s, "gptq-plain") for s in _WEIGHT_ONLY),
     *(Run("llmcompressor", "w8a8", r) for r in ("rtn", "gptq", "smoothquant", "smoothquant-gptq")),
-    Run("quantkit", "w4_sym", "gptq", ("--scheme", "w4a16_g64_sym")),
-    Run("quantkit", "w4_asym", "gptq", ("--scheme", "w4a16_g64_asym")),
-    Run("quantkit", "w3_asym", "gptq", ("--scheme", "w3a16_g64_asym")),
+    *(Run("quantkit", s, "gptq", ("--scheme", name)) for s, name in NAMES.items()),
+    *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in ("rtn", "gptq")),
+    *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in NAMES.items()),
 )
 
 

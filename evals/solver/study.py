@@ -103,7 +103,8 @@ def main() -> None:
     results["surroundings"] = surroundings()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, workers(programs, args.peers) as running:
         for shape in args.shape:
-            results["shapes"][shape] = one_shape(shape, asked, running, args.repeats, Path(directory))
+            found = one_shape(shape, asked, running, args.repeats, Path(directory))
+            results["shapes"].setdefault(shape, {}).update(found)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     replace_results(README, render(results))
 

@@ -23,7 +23,7 @@ from table import markdown, replace_results
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 MB = 1e6
-OPTIONS = ("--scheme", "w4a16_g64_sym", "--method", "gptq")
+OPTIONS = ("--recipe", str(quality.PLAIN), "--scheme", quality.NAMES["w4_sym"])
 RUNS = (
     quality.Run("quantkit", "w4_sym", "gptq", OPTIONS),
     quality.Run("llmcompressor", "w4_sym", "gptq"),

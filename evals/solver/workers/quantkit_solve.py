@@ -31,7 +31,8 @@ class Given(LayerStats):
 def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
     scheme = QuantScheme(request["bits"], request["group_size"], request["symmetric"], None)
     stats = Given(hessian)
-    found = GPTQ(act_order=_ORDERS[request["options"]], scale_search="none").solve(weight, scheme, stats, torch.float32)
+    solver = GPTQ(act_order=_ORDERS[request["options"]], scale_search="none")  # what the others do not do either
+    found = solver.solve(weight, scheme, stats, torch.float32)
     return dequantize(found.weight, torch.float32)
 
 
