@@ -127,6 +127,16 @@ def test_every_run_is_one_that_its_driver_knows() -> None:
             assert run.scheme in usage[run.program], run
 
 
+def test_runs_of_another_model_by_the_same_name_do_not_count() -> None:
+    from quality.study import runs_of
+
+    about = {"model_sha256": "a", "windows": 32}
+    results = {"models": {"m": {**about, "runs": {"k": 1}}}}
+    assert runs_of(results, "m", about) == {"k": 1}
+    assert runs_of(results, "m", {**about, "model_sha256": "b"}) == {}
+    assert runs_of(results, "other", about) == {}
+
+
 def test_a_problem_is_drawn_from_its_seed_and_is_one_that_gptq_can_gain_on(tmp_path: Path) -> None:
     from solver.problem import write_problem
     from solver.study import loss

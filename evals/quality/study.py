@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         setting = prepare(args, Path(directory))
         for run in chosen:
-            known = read_results()["models"].get(args.name, {}).get("runs", {}).get(run.key)
+            known = runs_of(read_results(), args.name, about_setting(setting)).get(run.key)
             if known and not args.again and known["command"] == hidden(command(run, setting, Path("OUT")), setting):
                 continue
             print(f"== {args.name}  {run.key}", flush=True)
@@ -294,12 +294,17 @@ def read_results() -> dict[str, Any]:
     return found
 
 
+def runs_of(results: dict[str, Any], name: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The runs that were made with this very model and these tokens; those of another model by that name are void."""
+    entry = results["models"].get(name, {})
+    runs: dict[str, Any] = entry.get("runs", {})
+    return runs if all(entry.get(key) == value for key, value in about.items()) else {}
+
+
 def publish(name: str, about: dict[str, Any], key: str, found: dict[str, Any]) -> None:
     """Put one run into results.json, at once and whole: a study that is stopped keeps what it has."""
     results = read_results()
-    entry = results["models"].setdefault(name, {"runs": {}})
-    entry.update(about)
-    entry["runs"][key] = found
+    results["models"][name] = {**about, "runs": {**runs_of(results, name, about), key: found}}
     partial = RESULTS.with_suffix(".tmp")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(RESULTS)
