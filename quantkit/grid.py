@@ -108,7 +108,7 @@ def _search(
         # The two ends need not shrink alike: one step of the zero point to either side.
         best, zero = search.scale.to(groups.dtype), search.zero_point.to(groups.dtype)
         for shift, factor in itertools.product((-1, 0, 1), NUDGE):
-            search.consider(_shippable(best * factor, scale.dtype), zero + shift)
+            search.consider(shippable(best * factor, scale.dtype), zero + shift)
     return search.scale, search.zero_point
 
 
