@@ -228,6 +228,30 @@ def test_gptq_against_exhaustive_search(seed: int, columns: int, symmetric: bool
             assert float(solution.loss[row]) == pytest.approx(float(best), rel=1e-9)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("seed", [0, 100, 200])
+def test_from_round_to_nearest_to_the_optimum(seed: int, symmetric: bool) -> None:
+    """2 bits, 5 columns, one grid a row, all 1024 rows of codes: optimum ≤ descent ≤ GPTQ ≤ round to nearest.
+
+    The first two hold for every row; the last for their sum, for a greedy choice can be the worse one of a row.
+    """
+    weight, stats = randn(seed, 60, 5), correlated(seed + 1, 5, rank=1, noise=0.5)
+    scheme, hessian = QuantScheme(2, None, symmetric=symmetric), damped(stats)
+    gptq = GPTQ().solve(weight, scheme, stats, torch.float32)
+    swept = GPTQ(sweeps=20).solve(weight, scheme, stats, torch.float32)
+    refitted = GPTQ(sweeps=20, refit=True).solve(weight, scheme, stats, torch.float32)
+    q = gptq.weight
+    nearest = quantize(weight, q.scale, q.zero_point, scheme)
+    rounded = losses(weight, (nearest - q.zero_point.double()) * q.scale.double(), hessian)
+    points = (candidates(q)[None] - q.zero_point.double()[..., None]) * q.scale.double()[..., None]
+    errors = points - weight[:, None]
+    optimum = ((errors @ hessian) * errors).sum(-1).min(1).values
+    assert bool((optimum <= swept.loss * (1 + 1e-9)).all())
+    assert bool((swept.loss <= gptq.loss * (1 + 1e-9)).all())
+    assert float(optimum.sum()) < float(swept.loss.sum()) < float(gptq.loss.sum()) < float(rounded.sum())
+    assert float(refitted.loss.sum()) < float(swept.loss.sum())
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**20), st.integers(2, 5), st.booleans(), st.integers(1, 40), st.sampled_from(["none", "static"]))
 def test_no_other_code_of_the_last_column_is_better(
