@@ -40,10 +40,10 @@ def choose_qparams(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> t
     """
     if scheme.symmetric:
         raw = groups.abs().amax(-1) / ((scheme.levels - 1) / 2)
-        scale = shippable(raw, dtype)
+        scale = _shippable(raw, dtype)
         return scale, torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
     low = groups.amin(-1).clamp(max=0)
-    scale = shippable((groups.amax(-1).clamp(min=0) - low) / (scheme.levels - 1), dtype)
+    scale = _shippable((groups.amax(-1).clamp(min=0) - low) / (scheme.levels - 1), dtype)
     zero_point = torch.round(-low / scale.to(low.dtype)).clamp_(0, scheme.levels - 1)
     return scale, zero_point.to(torch.uint8)
 
@@ -98,7 +98,7 @@ def _search(
     search = _Search(groups, importance, scale, zero_point, scheme)
     full, low = scale.to(groups.dtype), groups.amin(-1).clamp_(max=0)
     for factor in SHRINK:
-        tried = shippable(full * factor, scale.dtype)
+        tried = _shippable(full * factor, scale.dtype)
         if scheme.symmetric:
             search.consider(tried, zero_point)
             search.consider(-tried, zero_point)
@@ -108,7 +108,7 @@ def _search(
         # The two ends need not shrink alike: one step of the zero point to either side.
         best, zero = search.scale.to(groups.dtype), search.zero_point.to(groups.dtype)
         for shift, factor in itertools.product((-1, 0, 1), NUDGE):
-            search.consider(shippable(best * factor, scale.dtype), zero + shift)
+            search.consider(_shippable(best * factor, scale.dtype), zero + shift)
     return search.scale, search.zero_point
 
 
@@ -274,7 +274,7 @@ def activation_scale(abs_max: float, dtype: torch.dtype) -> float:
     Raises:
         SchemeError: not finite, or nothing that ``dtype`` can hold.
     """
-    return float(shippable(torch.tensor([abs_max], dtype=torch.float64) / _ACT_RANGE, dtype))
+    return float(_shippable(torch.tensor([abs_max], dtype=torch.float64) / _ACT_RANGE, dtype))
 
 
 def quantize_activations(x: Tensor, static_scale: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
@@ -313,7 +313,7 @@ def fake_quantize_activations(x: Tensor, static_scale: Tensor | float | None = N
     return codes.mul_(scale).to(x.dtype)
 
 
-def shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _shippable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``: 1 for groups of zeros, never zero, never infinite."""
     limits = torch.finfo(dtype)
     if scale.numel() and not bool((scale <= limits.max).all()):
@@ -347,6 +347,15 @@ def quantize_through(x: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tens
     return (round_through(x) + zero_point).clamp(0, scheme.levels - 1)
 
 
+def scaled(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale·factor`` rounded to ``dtype``, which ships; differentiable.
+
+    Raises:
+        SchemeError: a scale that ``dtype`` cannot hold.
+    """
+    return _shippable(scale * factor, dtype)
+
+
 def range_qparams(low: Tensor, high: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """:func:`choose_qparams` for given extremes, differentiable.
 
@@ -363,7 +372,7 @@ def range_qparams(low: Tensor, high: Tensor, scheme: QuantScheme, dtype: torch.d
         SchemeError: a scale that ``dtype`` cannot hold.
     """
     if scheme.symmetric:
-        scale = shippable(torch.maximum(high, -low) / ((scheme.levels - 1) / 2), dtype).to(low.dtype)
+        scale = _shippable(torch.maximum(high, -low) / ((scheme.levels - 1) / 2), dtype).to(low.dtype)
         return scale, torch.full_like(scale, scheme.mid)
-    scale = shippable((high - low) / (scheme.levels - 1), dtype).to(low.dtype)
+    scale = _shippable((high - low) / (scheme.levels - 1), dtype).to(low.dtype)
     return scale, round_through(-low / scale).clamp(0, scheme.levels - 1)

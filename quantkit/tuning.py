@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quantkit.activations import Activations
 from quantkit.errors import CheckpointError, RecipeError, message
-from quantkit.grid import quantize_through, range_qparams, shippable
+from quantkit.grid import quantize_through, range_qparams, scaled
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers import AutoRound
@@ -67,7 +67,7 @@ class BlockTuning:
     name: Literal["block"] = "block"
     epochs: int = 2
     batch: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     scales: bool = True
     norms: bool = True
     biases: bool = True
@@ -81,7 +81,7 @@ class BlockTuning:
         check_integer("tuning", "epochs", self.epochs, 1, "2")
         check_integer("tuning", "batch", self.batch, 1, "4")
         check_integer("tuning", "seed", self.seed, 0, "0")
-        check_fraction("tuning", "learning_rate", self.learning_rate, 1.0, "0.002")
+        check_fraction("tuning", "learning_rate", self.learning_rate, 1.0, "0.006")
         check_fraction("tuning", "codes_learning_rate", self.codes_learning_rate, 1.0, "0.005")
         check_fraction("tuning", "held_out", self.held_out, 0.5, "0.0625")
         for name in ("scales", "norms", "biases", "codes"):
@@ -201,7 +201,7 @@ class ScaledCodes:
         return QuantizedTensor(codes, self._shipped(), self._start.zero_point, self._start.scheme, self._start.g_idx)
 
     def _shipped(self) -> Tensor:
-        return shippable(self._scale * (1 + self._factor), self._start.scale.dtype)
+        return scaled(self._scale, 1 + self._factor, self._start.scale.dtype)
 
     def _current(self) -> Tensor:
         if self._offset is None:
