@@ -20,7 +20,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton
-from quantkit.solvers import AutoRound, Solver
+from quantkit.solvers import RTN, AutoRound, Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
 from quantkit.transforms import AWQ, Rotation, SmoothQuant, check_model
@@ -109,6 +109,10 @@ class Plan:
     def scale_transforms(self) -> tuple[SmoothQuant | AWQ, ...]:
         """The recipe's transforms that scale channels, in order."""
         return tuple(one for one in self.recipe.transforms if not isinstance(one, Rotation))
+
+    def clips(self, linear: str) -> bool:
+        """Whether a quantized layer's weights are clamped before they are rounded; its name within the block."""
+        return any(isinstance(one, AWQ) and one.clips(linear) for one in self.recipe.transforms)
 
     @property
     def rotates_stream(self) -> bool:
@@ -325,7 +329,7 @@ class Plan:
             block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)
             if self.recipe.transforms:  # what they change is held in float32, one matrix at a time in float64
                 block += sum(_FLOAT32 * info.numel for info in infos) + 4 * _FLOAT32 * max(i.numel for i in infos)
-            peak = max(peak, block + _solving_bytes(self.block_layers(index)))
+            peak = max(peak, block + _solving_bytes(self.block_layers(index), self.transform_needs))
             if self.tunes:
                 peak = max(peak, block + self._tuning_bytes(index, sequence_length))
         outside = sum(self.checkpoint.tensors[n].nbytes for n in self.skeleton.outside_tensors().values())
@@ -417,6 +421,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_format(fmt, layers)
     if not layers:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
+    _check_clip(recipe, layers)
     structure = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
     notes = _notes(skeleton, fmt, dtype, layers)
     plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structure)
@@ -456,7 +461,23 @@ def _check_tunings(plan: Plan) -> None:
             )
 
 
-def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
+def _check_clip(recipe: Recipe, layers: tuple[LayerPlan, ...]) -> None:
+    """Clipped ranges are those of round-to-nearest; a solver that chooses ranges itself would undo and suffer them."""
+    if not any(isinstance(one, AWQ) and one.clip for one in recipe.transforms):
+        return
+    for layer in layers:
+        if layer.info.block is not None and layer.solver.name != RTN.name:
+            raise RecipeError(
+                message(
+                    "transforms: awq",
+                    f"clip: true is for method rtn, and {layer.info.name} has method {layer.solver.name}, which "
+                    "chooses ranges of its own",
+                    "use clip: false",
+                )
+            )
+
+
+def _solving_bytes(layers: tuple[LayerPlan, ...], transform_needs: frozenset[Stat]) -> int:
     """A block's Hessians (and drifts), one for each input, a factor, and the matrices of the largest solve.
 
     Experts are measured one at a time: of theirs, those of one expert count.
@@ -469,7 +490,8 @@ def _solving_bytes(layers: tuple[LayerPlan, ...]) -> int:
         key, slot = input_group(layer.info.name), layer.info.expert
         rows[key] = rows.get(key, 0) + layer.numel
         squares[key] = _FLOAT32 * layer.info.in_features**2
-        matrices[key] = max(matrices.get(key, 0), len({Stat.HESSIAN, Stat.DRIFT} & layer.solver.needs))
+        needs = layer.solver.needs | transform_needs
+        matrices[key] = max(matrices.get(key, 0), len({Stat.HESSIAN, Stat.DRIFT} & needs))
         owners[key] = None if slot is None else (slot.module, slot.index)
     held: dict[tuple[str, int] | None, int] = {}
     for key, count in matrices.items():

@@ -16,7 +16,7 @@ from quantkit.plan import Plan
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign
 from quantkit.stats import LayerStats
-from quantkit.transforms import BlockTensors, Call, Rotation, ScaleTransform, TransformRecord
+from quantkit.transforms import BlockTensors, Call, Rotation, ScaleTransform, TransformRecord, clip_weight
 from quantkit.transforms.folding import fold_scale, rotate_final_norm, rotate_rows, rotate_stream, rotate_values
 from quantkit.transforms.orthogonal import Orthogonal, rotation_of
 
@@ -54,7 +54,8 @@ class Transforming:
         """The linears of a block whose inputs are measured for the transforms, by local name."""
         groups = self._plan.structure.groups if self._plan.structure is not None else ()
         taken = [group for group in groups if any(one.takes(group) for one in self._plan.scale_transforms)]
-        return tuple(dict.fromkeys(reader for group in taken for reader in group.readers))
+        clipped = [p.info.local for p in self._plan.layers if p.info.block == 0 and self._plan.clips(p.info.local)]
+        return tuple(dict.fromkeys([*(reader for group in taken for reader in group.readers), *clipped]))
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A block's tensors by disk name, rotated; what was changed is wide (:class:`BlockTensors`)."""
@@ -104,7 +105,22 @@ class Transforming:
             for group in plan.structure.groups:
                 if transform.takes(group) and any(context.scheme(reader) is not None for reader in group.readers):
                     records.append(self._scale_group(transform, group, context))
+        records += self._clip(context)
         source.update({names[name]: tensors[name] for name in tensors.changed})
+        return records
+
+    def _clip(self, context: _Block) -> list[TransformRecord]:
+        """Clamp the weights of the block's layers where the recipe asks for it."""
+        records = []
+        for layer in self._plan.block_layers(context.index):
+            name = layer.info.local
+            if not self._plan.clips(name):
+                continue
+            weight, hessian = context.tensors.weight(name).float(), context.stats(name).hessian
+            weight, after, before = clip_weight(weight, layer.scheme.weight_only, hessian.cpu(), self._plan.dtype)
+            context.tensors.put_weight(name, weight)
+            note = "the layer's own loss and sqnr_db are against the clipped weights"
+            records.append(TransformRecord("awq", layer.info.name, (layer.info.name,), "clip", after, before, note))
         return records
 
     def _scale_group(self, transform: ScaleTransform, group: ScaleGroup, context: _Block) -> TransformRecord:

@@ -182,3 +182,20 @@ def test_maxima_and_means_are_there_only_when_asked_for_and_seen(name: str, stat
         getattr(other, name)
     with pytest.raises(ValueError, match="at least one token"):
         getattr(LayerStats(3, frozenset({stat}), CPU), name)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_rescaled_statistics_are_those_of_the_scaled_input(read_before: bool) -> None:
+    """Whether or not the sums were divided and mirrored before; what is added afterwards is in the new scale."""
+    x, reference = inputs(0, 40, 6), inputs(1, 40, 6)
+    factors = torch.exp(inputs(2, 1, 6)[0].double())
+    stats, scaled = LayerStats(6, frozenset(Stat), CPU), LayerStats(6, frozenset(Stat), CPU)
+    stats.update(x[:30], reference[:30])
+    if read_before:
+        assert stats.hessian.shape == stats.drift.shape == (6, 6)
+    stats.rescale(factors)
+    stats.update((x[30:] * factors).float(), (reference[30:] * factors).float())
+    scaled.update((x * factors).float(), (reference * factors).float())
+    assert torch.equal(stats.hessian, stats.hessian.T)
+    for name in ("hessian", "drift", "abs_max", "abs_mean"):
+        torch.testing.assert_close(getattr(stats, name), getattr(scaled, name), rtol=1e-5, atol=1e-5)

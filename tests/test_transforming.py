@@ -302,3 +302,53 @@ def test_a_quantized_head_is_the_rotated_one(
     assert "lm_head.weight_packed" in written.tensors
     assert "lm_head.weight" not in written.tensors
     assert result.report["size_after"] == written.nbytes
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static"])
+def test_smoothquant_lowers_the_error_of_outlier_channels(scheme: str, tokens: list[Tensor], tmp_path: Path) -> None:
+    """A norm with a few large gains makes per-token and per-tensor steps coarse for all other channels."""
+    path = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    for norm, readers in {
+        "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+    }.items():
+        tensors[f"model.layers.0.{norm}.weight"][:3] *= 300
+        for reader in readers:
+            tensors[f"model.layers.0.{reader}.weight"][:, :3] /= 300
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    before = logits(path, tokens[0])
+    distances = {}
+    for name, alpha in {"plain": None, "given": 0.5, "search": "search"}.items():
+        transforms = [] if alpha is None else [{"name": "smoothquant", "alpha": alpha}]
+        recipe = {"scheme": scheme, "method": "gptq", "transforms": transforms}
+        report = quantkit.quantize(path, tmp_path / name, recipe=recipe, tokens=tokens).report
+        distances[name] = distance(logits(tmp_path / name, tokens[0]), before)
+        for record in report["transforms"]:
+            if alpha == "search":
+                assert record["loss"] < 0.3 * record["loss_before"]
+    assert distances["given"] < 0.7 * distances["plain"]
+    assert distances["search"] < 0.7 * distances["plain"]
+
+
+def test_clip_lowers_the_output_error_of_rounding(
+    tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """Every layer but q and k is clamped, to what makes its own measured error no larger."""
+    for family in ("llama", "gpt2"):
+        recipe = {"scheme": "w3a16_g32_asym", "method": "rtn", "transforms": [{"name": "awq", "clip": True}]}
+        report = quantkit.quantize(tiny(family), tmp_path / family, recipe=recipe, tokens=tokens).report
+        clipped = [record for record in report["transforms"] if record["choice"] == "clip"]
+        layers = [layer["name"] for layer in report["layers"]]
+        assert [record["source"] for record in clipped] == [n for n in layers if not n.endswith(("q_proj", "k_proj"))]
+        assert all(0 < record["loss"] <= record["loss_before"] for record in clipped)
+        assert sum(record["loss"] for record in clipped) < 0.97 * sum(record["loss_before"] for record in clipped)
+
+
+def test_clip_is_refused_with_other_methods(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = {"scheme": "w4a16_g32", "method": "gptq", "transforms": [{"name": "awq", "clip": True}]}
+    words = "clip: true is for method rtn, and model.layers.0.self_attn.q_proj has method gptq"
+    with pytest.raises(quantkit.RecipeError, match=words):
+        prepare(tiny("llama"), tmp_path / "out", recipe=recipe)

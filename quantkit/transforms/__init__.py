@@ -11,6 +11,7 @@ from quantkit.transforms.base import (
     ScaleTransform,
     TransformRecord,
 )
+from quantkit.transforms.clip import clip_weight
 from quantkit.transforms.refusals import check_model, check_order
 from quantkit.transforms.rotation import Rotation
 from quantkit.transforms.smoothquant import SmoothQuant
@@ -32,4 +33,5 @@ __all__ = [
     "TransformRecord",
     "check_model",
     "check_order",
+    "clip_weight",
 ]

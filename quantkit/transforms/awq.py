@@ -16,6 +16,8 @@ from quantkit.transforms.folding import reader_channels, to_channels
 from quantkit.transforms.search import Point, best_of
 from quantkit.transforms.trial import Trial
 
+_NOT_CLIPPED = ("q_proj", "k_proj")
+
 
 @dataclass(frozen=True)
 class AWQ:
@@ -28,13 +30,16 @@ class AWQ:
         duo_scaling: ``s = s_X^ratio / s_W^(1 - ratio)``, s_W the mean over the rows of the weights' magnitudes, each
             relative to the largest of its quantization group.
         search_tokens: calibration tokens that outputs are compared on.
+        clip: afterwards, clamp each quantization group of the weights to the range with the smallest error of the
+            layer's output (section 3.2; q_proj and k_proj, whose outputs are multiplied with each other, are left out).
+            It is for round-to-nearest: other methods choose ranges of their own.
     """
 
     name: Literal["awq"] = "awq"
     grid: int = 20
     duo_scaling: bool = True
     search_tokens: int = 2048
-    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.ABS_MEAN})
+    clip: bool = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def __post_init__(self) -> None:
@@ -42,10 +47,19 @@ class AWQ:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RecipeError(message("awq", f"{option}={value!r} is out of range", f"choose at least {least}"))
-        if not isinstance(self.duo_scaling, bool):
-            raise RecipeError(
-                message("awq", f"duo_scaling={self.duo_scaling!r} is not a truth value", "choose true or false")
-            )
+        for option in ("duo_scaling", "clip"):
+            value = getattr(self, option)
+            if not isinstance(value, bool):
+                raise RecipeError(message("awq", f"{option}={value!r} is not a truth value", "choose true or false"))
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """See :class:`quantkit.transforms.base.ScaleTransform`."""
+        return frozenset({Stat.ABS_MEAN, Stat.HESSIAN} if self.clip else {Stat.ABS_MEAN})
+
+    def clips(self, linear: str) -> bool:
+        """Whether a quantized layer's weights are clamped; its name within the block."""
+        return self.clip and linear.rpartition(".")[2] not in _NOT_CLIPPED
 
     def takes(self, group: ScaleGroup) -> bool:  # noqa: ARG002
         """See :class:`quantkit.transforms.base.ScaleTransform`: every group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -157,11 +157,14 @@ class Found:
 class ScaleTransform(Protocol):
     """A transform that scales channels, from what calibration data shows; a frozen dataclass like every solver."""
 
-    needs: ClassVar[frozenset[Stat]]
-
     @property
     def name(self) -> str:
         """The recipe's word for this transform."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Stat]:
+        """The statistics that it reads with these options."""
         ...
 
     def takes(self, group: ScaleGroup) -> bool:
