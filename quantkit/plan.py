@@ -23,7 +23,7 @@ from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleto
 from quantkit.solvers import RTN, AutoRound, Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
-from quantkit.transforms import AWQ, Rotation, SmoothQuant, check_model
+from quantkit.transforms import AWQ, Rotation, SmoothQuant, changed_in_block, changed_outside, check_model
 from quantkit.tuning import BlockTuning, num_steps, tuning_bytes
 
 _FLOAT32 = _INT32 = 4
@@ -109,6 +109,18 @@ class Plan:
     def scale_transforms(self) -> tuple[SmoothQuant | AWQ, ...]:
         """The recipe's transforms that scale channels, in order."""
         return tuple(one for one in self.recipe.transforms if not isinstance(one, Rotation))
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The dense tensors, by disk name, that transforms change; all others are written as they are."""
+        if self.structure is None:
+            return frozenset()
+        local = changed_in_block(self.structure, self.recipe.transforms)
+        outside, disk = changed_outside(self.structure, self.recipe.transforms), self.skeleton.disk_names
+        found = {disk[name] for name in outside if name in disk} | ({self.head} if outside else set())
+        for index in range(len(self.skeleton.blocks)):
+            found |= {name for inside, name in self.skeleton.block_tensors(index).items() if inside in local}
+        return frozenset(found)
 
     def clips(self, linear: str) -> bool:
         """Whether a quantized layer's weights are clamped before they are rounded; its name within the block."""

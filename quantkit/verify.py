@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, message
 from quantkit.plan import Plan
@@ -13,7 +15,8 @@ from quantkit.tuning import digest
 
 
 def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord], tuned: Sequence[BlockRecord] = ()) -> None:
-    """Names, shapes, dtypes, finite scales, and every layer's decoded weight against what its solver returned.
+    """Names, shapes, dtypes, finite scales, every layer's decoded weight against what its solver returned, and every
+    other tensor against the source's unless a transform or the tuning changes it.
 
     Args:
         path: the directory that was written.
@@ -39,7 +42,7 @@ def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord], tuned:
                 message(layer.info.name, "reads back different from what was solved", "check the disk, and run again")
             )
         expected.update(prefix + name for name in plan.format.encode(q))
-    _verify_rest(written, plan, expected)
+    _verify_rest(written, plan, expected, plan.changed.union(*(record.changed for record in tuned)))
     _verify_tuned(written, tuned)
 
 
@@ -65,7 +68,7 @@ def _verify_config(written: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _verify_rest(written: Checkpoint, plan: Plan, expected: set[str]) -> None:
+def _verify_rest(written: Checkpoint, plan: Plan, expected: set[str], changed: frozenset[str]) -> None:
     kept = {name: info for name, info in plan.checkpoint.tensors.items() if name not in plan.replaced}
     if plan.untied is not None:
         kept[plan.head] = plan.untied
@@ -84,4 +87,9 @@ def _verify_rest(written: Checkpoint, plan: Plan, expected: set[str]) -> None:
                     f"is {there.dtype} {list(there.shape)}",
                     f"the source has {info.dtype} {list(info.shape)}",
                 )
+            )
+    for name in sorted(kept.keys() - changed):  # one at a time, for they may be large
+        if not torch.equal(written.read([name])[name], plan.checkpoint.read([name])[name]):
+            raise CheckpointError(
+                message(f"{written.path}: {name}", "differs from the source's", "check the disk, and run again")
             )

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, save_tiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
 from quantkit.checkpoint import Checkpoint
+from quantkit.report import layer_from_dict
 from quantkit.run import execute, prepare
+from quantkit.verify import verify_output
 
 ROTATABLE = sorted(set(FAMILIES) - {"gemma2", "gemma3_text", "olmo2"})
 HEADS: dict[str, Any] = {"name": "rotation", "residual": False}
@@ -261,8 +264,6 @@ def test_refusals(
 
 def test_a_layer_with_infinite_activations_is_named(tmp_path: Path, tokens: list[Tensor]) -> None:
     path = save_tiny("llama", tmp_path / "model")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][:] = 3e38
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -308,8 +309,6 @@ def test_a_quantized_head_is_the_rotated_one(
 def test_smoothquant_lowers_the_error_of_outlier_channels(scheme: str, tokens: list[Tensor], tmp_path: Path) -> None:
     """A norm with a few large gains makes per-token and per-tensor steps coarse for all other channels."""
     path = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path / "model.safetensors")
     for norm, readers in {
         "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -352,3 +351,39 @@ def test_clip_is_refused_with_other_methods(tiny: Callable[[str], Path], tmp_pat
     words = "clip: true is for method rtn, and model.layers.0.self_attn.q_proj has method gptq"
     with pytest.raises(quantkit.RecipeError, match=words):
         prepare(tiny("llama"), tmp_path / "out", recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("family", "transforms"),
+    [
+        ("qwen2", ["rotation", "awq"]),
+        ("qwen2", [HEADS]),
+        ("gpt2", ["rotation"]),
+        ("opt", [{"name": "smoothquant"}]),
+        ("gemma3_text", [HEADS, "awq"]),
+        ("gpt_neox", ["rotation", "awq"]),
+        ("olmo2", ["awq"]),
+    ],
+)
+def test_only_what_transforms_change_may_differ(
+    family: str, transforms: list[Any], tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """What differs is what the plan says; verification finds a single flipped value in any other tensor."""
+    recipe = {"scheme": "w8a16", "method": "rtn", "transforms": transforms}
+    prepared = prepare(tiny(family), tmp_path / "out", recipe=recipe, tokens=tokens)
+    result = execute(prepared)
+    kept = changed_tensors(tiny(family), tmp_path / "out")
+    assert kept <= prepared.plan.changed
+    assert bool(kept) == (family != "olmo2")  # all of whose changed tensors are quantized
+    records = [layer_from_dict(layer) for layer in result.report["layers"]]
+    verify_output(tmp_path / "out", prepared.plan, records)
+    others = sorted(Checkpoint(tmp_path / "out").tensors.keys() & Checkpoint(tiny(family)).tensors.keys())
+    for name in [n for n in others if n not in prepared.plan.changed][:2]:
+        shard = tmp_path / "out" / Checkpoint(tmp_path / "out").tensors[name].file
+        tensors = load_file(shard)
+        tensors[name].view(-1)[0] += 1
+        save_file(tensors, shard, metadata={"format": "pt"})
+        with pytest.raises(quantkit.CheckpointError, match=f"{name}: differs from the source's"):
+            verify_output(tmp_path / "out", prepared.plan, records)
+        tensors[name] = Checkpoint(tiny(family)).read([name])[name]
+        save_file(tensors, shard, metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from quantkit.transforms.base import (
     ScaleTransform,
     TransformRecord,
 )
+from quantkit.transforms.changes import changed_in_block, changed_outside
 from quantkit.transforms.clip import clip_weight
 from quantkit.transforms.refusals import check_model, check_order
 from quantkit.transforms.rotation import Rotation
@@ -31,6 +32,8 @@ __all__ = [
     "SmoothQuant",
     "Transform",
     "TransformRecord",
+    "changed_in_block",
+    "changed_outside",
     "check_model",
     "check_order",
     "clip_weight",
