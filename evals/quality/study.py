@@ -239,9 +239,9 @@ def one_run(run: Run, setting: Setting) -> dict[str, Any]:
 
 def check_tokens(output: Path, setting: Setting) -> None:
     """quantkit drew the tokens itself; they must be those of the file."""
-    drawn = json.loads((output / "report.json").read_text())["calibration"]["sha256"]
-    if drawn != setting.tokens_sha256:
-        sys.exit(f"quantkit calibrated on tokens {drawn[:12]}, the peers on {setting.tokens_sha256[:12]}")
+    drawn = json.loads((output / "report.json").read_text())["calibration"]
+    if drawn is not None and drawn["sha256"] != setting.tokens_sha256:  # None: round-to-nearest reads no tokens
+        sys.exit(f"quantkit calibrated on tokens {drawn['sha256'][:12]}, the peers on {setting.tokens_sha256[:12]}")
 
 
 def score(candidate: Path, setting: Setting) -> dict[str, Any]:
