@@ -294,7 +294,8 @@ def quantize_activations(x: Tensor, static_scale: Tensor | float | None = None) 
     """
     real = x.to(torch.promote_types(x.dtype, torch.float32))
     if static_scale is None:
-        scale = torch.linalg.vector_norm(real, torch.inf, -1, keepdim=True).div_(_ACT_RANGE)
+        # Not vector_norm(inf), which is 20 times slower on the CPU.
+        scale = real.abs().amax(-1, keepdim=True).div_(_ACT_RANGE)
         codes = torch.div(real, scale.masked_fill_(scale == 0, 1.0)).round_().clamp_(ACT_MIN, ACT_MAX)
         return codes, scale
     codes = torch.div(real, static_scale).round_().clamp_(ACT_MIN, ACT_MAX)

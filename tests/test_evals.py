@@ -167,3 +167,19 @@ def test_the_readme_tells_the_published_results(name: str) -> None:
     study = import_module(f"{name}.study")
     results = json.loads((EVALS / name / "results.json").read_text())
     assert study.render(results) in (EVALS / name / "README.md").read_text()
+
+
+def test_w8a8_products_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from w8a8_linear import study
+
+    monkeypatch.setattr(study, "POOL_BYTES", 1)
+    layers = study.contestants(48, 64)
+    seconds = study.measure(layers, 64, 3, rounds=2)
+    assert set(seconds) == set(layers)
+    assert all(value > 0 for value in seconds.values())
+    case = {"shape": [48, 64], "tokens": 3, "seconds": seconds}
+    where = {"date": "d", "cores": 1, "cpu": "c", "threads": "1", "load_average_at_start": 0.0, "torch": "t"}
+    table = study.render({"cases": [case], "rounds": 2, "where": {**where, "transformers": "t", "quantkit": "q"}})
+    assert "| 48x64, 3 |" in table
+    with pytest.raises(AssertionError, match=r"w8a8.*relative error"):
+        study.check("w8a8", torch.ones(3), torch.full((3,), 1.1, dtype=torch.float64))

@@ -188,7 +188,8 @@ def _onednn_unpack(packed: Tensor) -> Tensor:
 
 def _onednn_product(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """``scale * (codes @ signedᵀ)``, float32 [tokens, out]; ``codes`` are whole numbers from -128 to 127, any dtype."""
-    shifted = (codes + _OFFSET).to(torch.uint8)
+    # Through int8 and by the wrap-around of bytes: a tenth of the time of .to(torch.uint8) of the sum.
+    shifted = codes.to(torch.int8).view(torch.uint8).add_(_OFFSET)
     if shifted.shape[0] == 0:
         return shifted.new_empty(0, packed.shape[1], dtype=torch.float32)
     zeros = torch.zeros(1, dtype=torch.int32)
