@@ -166,16 +166,15 @@ class BlockInputs:
             logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
         return logits
 
-    def measure_head(
-        self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor, head: nn.Module, stats: LayerStats
-    ) -> None:
-        """Add to ``stats`` what the output head reads, for the last block's output; see :meth:`finish`.
+    def head_input(self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor, head: nn.Module) -> Tensor:
+        """What the output head reads, [1, length, in], for the last block's output; see :meth:`finish`.
 
         The head itself does not run and need not be materialized.
         """
+        seen: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stats.update(args[0])
+            seen.append(args[0])
             raise _Stop
 
         handle = head.register_forward_pre_hook(hook)
@@ -184,6 +183,7 @@ class BlockInputs:
                 self.finish(skeleton, tokens, hidden)
         finally:
             handle.remove()
+        return seen[0]
 
 
 @dataclass(frozen=True, slots=True)

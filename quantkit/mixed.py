@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from quantkit.allocate import Allocation, Option, allocate, smallest
@@ -20,10 +21,11 @@ from quantkit.errors import OutputError, RecipeError, SchemeError, message
 from quantkit.heap import map_large_blocks
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, Rule, make_recipe, merged
-from quantkit.report import Observer, ignore
+from quantkit.report import Note, Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length
 from quantkit.scheme import QuantScheme, parse_scheme
 from quantkit.sensitivity import METRICS, Metric, Sensitivity, Unit, check_room, find_units
+from quantkit.solvers import AutoRound
 from quantkit.source import resolve_device, resolve_model
 
 DEFAULT_SCHEMES = ("w3a16_g64_asym", "w4a16_g64_asym", "w8a16_g64_sym")
@@ -182,6 +184,15 @@ def plan_mixed(
     with tempfile.TemporaryDirectory(prefix=".quantkit-plan-", dir=directory) as scratch:
         check_room(plan, units, len(wanted), kind, (num_samples, length), Path(scratch))
         data = calibrate(plan, observer)
+        if any(isinstance(layer.solver, AutoRound) for unit in units for layer in unit.layers):
+            observer(Note("autoround tunes whole blocks: the rounding to nearest that it starts from is measured"))
+        if kind == "kl" and plan.dtype != torch.float32:
+            observer(
+                Note(
+                    f"in {str(plan.dtype).removeprefix('torch.')} the rounding of the forward passes is in each "
+                    "divergence: small ones are not told apart; use --dtype float32 or --metric hessian"
+                )
+            )
         run = Sensitivity(plan, units, wanted, data.samples, placed, Path(scratch), observer)
         losses = run.measure(kind, seed=plan.recipe.calibration.seed)
     options = tuple(
@@ -236,6 +247,13 @@ def _recipe_values(values: Mapping[str, Any], units: Sequence[Unit], chosen: Seq
 def _schemes(names: Sequence[str | QuantScheme]) -> tuple[QuantScheme, ...]:
     given = [parse_scheme(name) if isinstance(name, str) else name for name in names]
     wanted = tuple(dict.fromkeys(given))
+    for scheme in wanted:
+        if scheme.act_bits is not None:
+            raise SchemeError(
+                message(
+                    "--schemes", f"{scheme}: the effect of quantized activations is not measured", "allow a16 schemes"
+                )
+            )
     if len(wanted) < 2:
         what = "no schemes" if not wanted else f"{wanted[0]} alone"
         raise SchemeError(

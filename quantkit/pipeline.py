@@ -101,7 +101,7 @@ class Pipeline:
                 records += self._block(index, streams)
                 trim()
                 self.observer(Step(f"block {index + 1}/{blocks}"))
-            at_head = self._measure_head(streams.hidden if streams is not None else None)
+            at_head = self._measure_head(streams)
         finally:
             if streams is not None:
                 streams.close()
@@ -340,17 +340,22 @@ class Pipeline:
         """The number of shards that are measured, in a row from the first: all blocks, and perhaps the head's."""
         return len(self.skeleton.blocks) + self.plan.measures_head
 
-    def _measure_head(self, hidden: Activations | None) -> LayerStats | None:
+    def _measure_head(self, streams: Streams | None) -> LayerStats | None:
         """What the output head reads: what the model makes of the last (quantized) block's outputs."""
-        if hidden is None or not self.plan.measures_head or self.staging.is_done(len(self.skeleton.blocks)):
+        if streams is None or not self.plan.measures_head or self.staging.is_done(len(self.skeleton.blocks)):
             return None
         layer = next(layer for layer in self.plan.block_layers(None) if layer.needs)
         stats = LayerStats(layer.info.in_features, layer.needs, self.device)
         assign(self.skeleton.model, self._read(_in_front(self.skeleton)))
         head = self.skeleton.model.get_submodule(layer.info.name)
+        compared = streams.reference if Stat.DRIFT in layer.needs else None
         for sample, tokens in enumerate(self.samples):
-            state = hidden[sample].to(self.device)
-            self._inputs.measure_head(self.skeleton, tokens[None].to(self.device), state, head, stats)
+            found = [
+                self._inputs.head_input(self.skeleton, tokens[None].to(self.device), s[sample].to(self.device), head)
+                for s in (streams.hidden, compared)
+                if s is not None
+            ]
+            stats.update(*found)
         release(self.skeleton.model)
         return stats
 

@@ -576,7 +576,7 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
 
 
 def _check_outside(info: LinearInfo, scheme: QuantScheme, solver: Solver, is_head: bool) -> None:
-    """Outside of the blocks only the output head's input is measured, and there is no full-precision one beside it."""
+    """Outside of the blocks only the output head's input is measured, and nothing is tuned."""
     if isinstance(solver, AutoRound):
         raise RecipeError(
             message(
@@ -599,15 +599,6 @@ def _check_outside(info: LinearInfo, scheme: QuantScheme, solver: Solver, is_hea
                 info.name,
                 f"the static activations of {scheme} are measured inside of the blocks and at the output head only",
                 "give the rule that quantizes it dynamic activations, such as w8a8",
-            )
-        )
-    if Stat.DRIFT in solver.needs:
-        raise RecipeError(
-            message(
-                info.name,
-                f"method {solver.name} with these options needs the full-precision model's input, and the head's is "
-                "not kept",
-                "give the rule that quantizes it a method of its own: rtn, or gptq without that correction",
             )
         )
 

@@ -64,6 +64,38 @@ def test_head_is_solved_for_what_it_reads(
     assert json.loads((tmp_path / "q" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_head_is_corrected_for_the_drift(
+    family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """A method that compares with the full-precision model has that model's head input, too."""
+    method = {"name": "gptq", "drift_correction": 1.0}
+    quantkit.quantize(tiny(family), tmp_path / "q", recipe={**RECIPE, "scheme": "w3a16_g32", "method": method},
+                      tokens=tokens)  # fmt: skip
+    inputs: list[list[Tensor]] = []
+    dense: Tensor | None = None
+    for path in (tmp_path / "q", tiny(family)):
+        model = quantkit.load(path, backend="reference" if dense is None else None)
+        head, seen = model.get_output_embeddings(), []
+        handle = head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            for sample in tokens:
+                model(input_ids=sample[None], use_cache=False)
+        handle.remove()
+        inputs.append(seen)
+        if dense is None:
+            found, dense = head.quantized(), torch.empty(0)
+        else:
+            dense = head.weight.detach().float()
+    stats = LayerStats(64, frozenset({Stat.HESSIAN, Stat.DRIFT}), torch.device("cpu"))
+    for own, exact in zip(*inputs, strict=True):
+        stats.update(own, exact)
+    expected = GPTQ(drift_correction=1.0).solve(dense, parse_scheme(HEAD), stats, torch.float32).weight
+    plain = GPTQ().solve(dense, parse_scheme(HEAD), stats, torch.float32).weight
+    assert float((found.codes != expected.codes).float().mean()) < 5e-3
+    assert float((found.codes != plain.codes).float().mean()) > 2e-2
+
+
 def test_tied_head_is_untied_and_the_embedding_stays(
     tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:

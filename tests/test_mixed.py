@@ -118,6 +118,7 @@ def test_base_recipe_is_kept(tmp_path: Path) -> None:
         ({"schemes": ["w4a16", "w4a16_g128_sym"]}, quantkit.SchemeError, "w4a16_g128_sym alone leaves nothing"),
         ({"schemes": ["w4a16", "w5"]}, quantkit.SchemeError, "'w5' is not a scheme"),
         ({"schemes": ["w4a16_g64", "w4a16_g96"]}, quantkit.SchemeError, "not a multiple of group_size=96"),
+        ({"schemes": ["w8a8", "w4a16_g64"]}, quantkit.SchemeError, "quantized activations is not measured"),
         ({"metric": "trace"}, quantkit.RecipeError, "'trace' is not a measure; use hessian or kl"),
         ({"bits": -1.0}, quantkit.RecipeError, "not a number of bits"),
         ({"bits": float("nan")}, quantkit.RecipeError, "not a number of bits"),
