@@ -73,20 +73,18 @@ def test_head_is_corrected_for_the_drift(
     quantkit.quantize(tiny(family), tmp_path / "q", recipe={**RECIPE, "scheme": "w3a16_g32", "method": method},
                       tokens=tokens)  # fmt: skip
     inputs: list[list[Tensor]] = []
-    dense: Tensor | None = None
-    for path in (tmp_path / "q", tiny(family)):
-        model = quantkit.load(path, backend="reference" if dense is None else None)
-        head, seen = model.get_output_embeddings(), []
-        handle = head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    heads: list[Any] = []
+    for path, backend in ((tmp_path / "q", "reference"), (tiny(family), None)):
+        model = quantkit.load(path, backend=backend)
+        seen: list[Tensor] = []
+        heads.append(model.get_output_embeddings())
+        handle = heads[-1].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             for sample in tokens:
                 model(input_ids=sample[None], use_cache=False)
         handle.remove()
         inputs.append(seen)
-        if dense is None:
-            found, dense = head.quantized(), torch.empty(0)
-        else:
-            dense = head.weight.detach().float()
+    found, dense = heads[0].quantized(), heads[1].weight.detach().float()
     stats = LayerStats(64, frozenset({Stat.HESSIAN, Stat.DRIFT}), torch.device("cpu"))
     for own, exact in zip(*inputs, strict=True):
         stats.update(own, exact)
