@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from test_pipeline import decoded
 from test_run import _Interrupt, files
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import quantkit
 from quantkit.arch import find_blocks, find_linears
 from quantkit.checkpoint import Checkpoint
+from quantkit.cli import app
 from quantkit.experts import SplitExperts, experts_info, get_expert, set_expert
 from quantkit.grid import dequantize
 from quantkit.linear import QuantLinear
@@ -35,6 +38,7 @@ from quantkit.run import execute, prepare
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo
 from quantkit.solvers import Solution
+from quantkit.source import BUILTIN_PATH
 from quantkit.staging import partial_path
 from quantkit.stats import LayerStats, Stat
 
@@ -334,6 +338,34 @@ def test_resume_after_any_event(family: str, sparse: Callable[..., Path], many: 
         assert files(out) == expected
         assert json.loads((out / "report.json").read_text())["notes"] == notes
         assert not partial_path(out).exists()
+
+
+def test_resume_behind_experts_that_are_kept(sparse: Callable[..., Path], many: list[Tensor], tmp_path: Path) -> None:
+    """A finished block's experts are run again as they are on disk, whether quantized or not."""
+    rules = [{"match": "*.0.mlp.experts.1.*", "skip": True}, {"match": "*.0.mlp.experts.2.down_proj", "skip": True}]
+    recipe = {**RECIPE, "rules": rules}
+    quantkit.quantize(sparse("qwen3_moe", True), tmp_path / "whole", recipe=recipe, tokens=many)
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.quantize(sparse("qwen3_moe", True), out, recipe=recipe, tokens=many, observer=_Interrupt(25))
+    assert len(list(partial_path(out).glob("model-*.safetensors"))) == 1
+    quantkit.quantize(sparse("qwen3_moe", True), out, recipe=recipe, tokens=many, resume=True)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_perplexity(tmp_path: Path) -> None:
+    """The command runs models with experts, dense and quantized."""
+    vocab = json.loads((BUILTIN_PATH / "config.json").read_text())["vocab_size"]
+    model = save_tiny("deepseek_v3", tmp_path / "model", vocab_size=vocab)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN_PATH / name, model / name)
+    quantkit.quantize(model, tmp_path / "q", recipe=RTN)
+    arguments = ["perplexity", str(model), str(tmp_path / "q"), "--sequence-length", "16", "--limit", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "found.json")])
+    assert result.exit_code == 0, result.output
+    dense, quantized = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert quantized["perplexity"] == pytest.approx(dense["perplexity"], rel=0.05)
+    assert quantized["perplexity"] != dense["perplexity"]
 
 
 def test_an_expert_that_nobody_chose(sparse: Callable[..., Path], many: list[Tensor], tmp_path: Path) -> None:
