@@ -60,7 +60,7 @@ $(PEER)-vllm/.ready: pyproject.toml
 test-peer-vllm: $(PEER)-vllm/.ready
 	$(PEER)-vllm/bin/python -m pytest -m peer tests/peers/test_vllm.py
 
-# Train the embedded model again (about half an hour on two cores) and replace quantkit/builtin.
+# Train the embedded model again (12 minutes on one core) and replace quantkit/builtin.
 builtin-model: setup
 	$(BIN)/python evals/builtin_model/train.py
 

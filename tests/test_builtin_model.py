@@ -191,10 +191,10 @@ def costs(model: LlamaForCausalLM, windows: Tensor, held_out: float) -> dict[int
 
 
 def test_quantization_shows(costs: dict[int, float]) -> None:
-    """The floors are what the shipped model reaches (4-bit +0.5 %, 2-bit +20 %), far above the noise of 8-bit."""
+    """The floors are below what the shipped model reaches (4-bit +1.4 %, 2-bit +63 %), far above 8-bit's noise."""
     assert abs(costs[8]) < 0.002
-    assert costs[4] > 0.003
-    assert costs[2] > 0.1
+    assert costs[4] > 0.01
+    assert costs[2] > 0.5
 
 
 def test_the_card_says_so_too(costs: dict[int, float], card: str) -> None:

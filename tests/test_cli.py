@@ -55,11 +55,11 @@ def test_quantize_and_compare(run: Run, tmp_path: Path) -> None:
     out, log = tmp_path / "q", tmp_path / "log.jsonl"
     printed = run("quantize", "builtin", "--output", out, *FEW, "--group-size", "64", "--log-json", log)
     last = printed.strip().splitlines()[-1]
-    assert "quantized 85.7% of 3.7 M parameters" in last
+    assert "quantized 85.6% of 1.8 M parameters" in last
     assert last.endswith(f"Next: quantkit perplexity builtin {out}")
-    assert "[28/28] model.layers.3.mlp.down_proj  gptq w4a16_g64_sym  loss" in printed
+    assert "[56/56] model.layers.7.mlp.down_proj  gptq w4a16_g64_sym  loss" in printed
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    assert sum(event["event"] == "layerdone" for event in events) == 28
+    assert sum(event["event"] == "layerdone" for event in events) == 56
     found = tmp_path / "p.json"
     table = run("perplexity", "builtin", out, "--sequence-length", "64", "--limit", "3", "--json", found)
     assert "perplexity" in table
@@ -76,9 +76,9 @@ def test_quantize_and_compare(run: Run, tmp_path: Path) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     printed = run("quantize", "builtin", "--output", tmp_path / "q", "--dry-run", "--scheme", "w3a16_g32_asym")
     for text in (
-        "model.layers.*.self_attn.q_proj  x4  [256, 256]  w3a16_g32_asym  gptq",
+        "model.layers.*.self_attn.q_proj  x8  [128, 128]  w3a16_g32_asym  gptq",
         "lm_head  kept",
-        "size before: 7.3 MB",
+        "size before: 3.7 MB",
         "size after:",
         "bits per weight:",
         "projected peak memory:",
@@ -140,8 +140,8 @@ def test_no_weights_or_pickles_only(refused: Callable[..., str], model_copy: Pat
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "not a causal language model"),
         ({"model_type": "no-such-family"}, "transformers cannot read it"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-        ({"num_hidden_layers": 6}, "is missing"),
-        ({"intermediate_size": 512}, "should be [512, 256]"),
+        ({"num_hidden_layers": 10}, "is missing"),
+        ({"intermediate_size": 512}, "should be [512, 128]"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
     ],
 )
@@ -183,12 +183,12 @@ def test_not_finite(
 
 def test_group_size_that_does_not_divide(refused: Callable[..., str]) -> None:
     text = refused("builtin", "--group-size", "96")
-    assert "in_features=256 is not a multiple of group_size=96; choose a divisor (16, 32, 64, 128, 256)" in text
-    for block in range(4):
+    assert "in_features=128 is not a multiple of group_size=96; choose a divisor (16, 32, 64, 128)" in text
+    for block in range(8):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"):
             assert f"model.layers.{block}." in text
             assert name in text
-    assert "down_proj" not in text  # 96 divides 768
+    assert "down_proj" not in text  # 96 divides 384
 
 
 def test_recipe_errors(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_what_does_not_go_together(refused: Callable[..., str], tmp_path: Path, 
     recipe = tmp_path / "r.yaml"
     recipe.write_text("min_share: 0.9\n")
     text = refused("builtin", "--recipe", recipe)
-    assert "85.7% of the parameters would be quantized and the recipe expects 90.0%" in text
+    assert "85.6% of the parameters would be quantized and the recipe expects 90.0%" in text
     assert "left out: model.embed_tokens.weight (14.3%)" in text
     assert "tokenizer cannot be opened" in refused(tiny("llama"), "--group-size", "32", *FEW)
 
@@ -270,7 +270,7 @@ def test_plan_writes_a_recipe_that_quantize_takes(run: Run, tmp_path: Path) -> N
     assert "model.layers.0.self_attn.q_proj+k_proj+v_proj" in printed
     assert "the smallest for this size; Lagrangian bound" in printed
     found = json.loads(figures.read_text())
-    assert len(found["units"]) == 16
+    assert len(found["units"]) == 32
     assert found["bits"] <= 4.5
     assert f"{found['bits']:.4f} bits per weight. Next: quantkit quantize builtin --recipe {recipe}" in printed
     dry = run("quantize", "builtin", "--recipe", recipe, "--output", tmp_path / "q", "--dry-run")
