@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from quantkit.source import BUILTIN_PATH
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that tests start sum in the same order
 
 
 @pytest.fixture(scope="session")

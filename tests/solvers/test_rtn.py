@@ -75,4 +75,4 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
 
 def test_the_names_of_the_solvers_are_different() -> None:
     names = [solver().name for solver in SOLVERS]
-    assert names == ["rtn", "gptq"]
+    assert names == ["rtn", "gptq", "autoround"]
