@@ -190,7 +190,7 @@ def plan_mixed(
             observer(
                 Note(
                     f"in {str(plan.dtype).removeprefix('torch.')} the rounding of the forward passes is in each "
-                    "divergence: small ones are not told apart; use --dtype float32 or --metric hessian"
+                    "divergence: small ones are not told apart; --metric hessian tells them"
                 )
             )
         run = Sensitivity(plan, units, wanted, data.samples, placed, Path(scratch), observer)
