@@ -283,9 +283,12 @@ class Plan:
         return self.num_streams * max(map(len, inputs.values()), default=0) + scaling + 1
 
     def training_passes(self, num_samples: int) -> float:
-        """Forward and backward passes of every sample through every block, while it is tuned."""
-        found = sum(num_steps(options, num_samples) * options.batch for options in self._tunings(0))
-        return found / max(num_samples, 1)
+        """Forward and backward passes of every sample through a block, at most, while it is tuned."""
+        most = max(
+            sum(num_steps(options, num_samples) * options.batch for options in self._tunings(block))
+            for block in range(len(self.skeleton.blocks))
+        )
+        return most / max(num_samples, 1)
 
     def _tunings(self, block: int) -> list[AutoRound | BlockTuning]:
         """What is learned in a block."""

@@ -248,3 +248,13 @@ def test_the_plan_shows_what_it_costs(tiny: Callable[[str], Path]) -> None:
     assert rounded.training_passes(12) == pytest.approx(6 * 2 / 12)  # iterations x batch samples of 12
     assert tuned.training_passes(12) == pytest.approx(2 * 11 / 12, rel=0.1)  # epochs over those not held out
     assert gptq.training_passes(12) == 0.0
+
+
+def test_the_plan_counts_the_training_of_the_block_that_is_trained_most(tiny: Callable[[str], Path]) -> None:
+    """A first block that a rule skips is not trained; the others are."""
+    tuning = {"name": "block", "epochs": 2, "batch": 1, "held_out": 0.25}
+    recipe = {"scheme": "w4a16_g32", "method": "rtn", "tuning": tuning}
+    rules = [{"match": "*.layers.0.*", "skip": True}]
+    whole = make_plan(Checkpoint(tiny("llama")), make_recipe(recipe))
+    skipping = make_plan(Checkpoint(tiny("llama")), make_recipe({**recipe, "rules": rules}))
+    assert skipping.training_passes(8) == whole.training_passes(8) == 2 * 6 / 8
