@@ -160,7 +160,7 @@ def test_a_table_is_put_between_the_marks(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["smollm2", "quality", "solver"])  # memory: when its study is published
+@pytest.mark.parametrize("name", ["smollm2", "memory", "quality", "solver"])
 def test_the_readme_tells_the_published_results(name: str) -> None:
     from importlib import import_module
 
