@@ -17,23 +17,15 @@ from torch import Tensor, nn
 from quantkit.activations import Activations
 from quantkit.arch import is_linear
 from quantkit.capture import BlockInputs
-from quantkit.grid import dequantize
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, LayerRecord, decibels
 from quantkit.solvers import AutoRound
+from quantkit.solving import SolvedLayer, weight_errors
 from quantkit.tuning import BlockRun, BlockTuning, Tuned, digest, held_out_count, round_block, tune_block
 
 Place = Callable[[str, QuantizedTensor], None]
 """(layer within the block, weight): put it into the block's module."""
-
-
-@dataclass(frozen=True, slots=True)
-class SolvedLayer:
-    """A layer's quantized weight and what is reported of it."""
-
-    weight: QuantizedTensor
-    record: LayerRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +168,7 @@ class SolvedBlock:
 def _record_of(weight: QuantizedTensor, original: Tensor, solved: LayerRecord) -> LayerRecord:
     """The record of a tuned layer. A loss that a Hessian measured stays what the solver reached: it is gone by now."""
     exact = original.to(weight.codes.device, torch.float32)
-    error = float((dequantize(weight, torch.float32) - exact).square_().sum(dtype=torch.float64))
-    signal = float(exact.square().sum(dtype=torch.float64))
+    signal, error = weight_errors(weight, exact)
     record = replace(solved, digest=weight.digest(), sqnr_db=decibels(signal, error))
     if solved.num_tokens:
         return record

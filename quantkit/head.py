@@ -13,18 +13,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.errors import CheckpointError, HessianError, message
-from quantkit.grid import dequantize
+from quantkit.errors import HessianError
 from quantkit.plan import LayerPlan, head_rows_at_once
 from quantkit.qtensor import QuantizedTensor
-from quantkit.report import LayerRecord, decibels
+from quantkit.solving import Errors, SolvedLayer, solved_layer, weight_errors
 from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats, Stat
 
 
 def solve_in_rows(
     layer: LayerPlan, weight: Tensor, stats: LayerStats | None, device: torch.device, dtype: torch.dtype
-) -> tuple[QuantizedTensor, LayerRecord]:
+) -> SolvedLayer:
     """Solve a layer outside of the blocks.
 
     Args:
@@ -52,33 +51,17 @@ def solve_in_rows(
         except HessianError as problem:
             raise HessianError(f"{layer.info.name}: {problem}") from problem
         loss += float(solution.loss.sum())
-        signal += float(piece.square().sum(dtype=torch.float64))
-        error += float((dequantize(solution.weight, torch.float32) - piece).square_().sum(dtype=torch.float64))
+        of_piece = weight_errors(solution.weight, piece)
+        signal, error = signal + of_piece[0], error + of_piece[1]
         if hessian is not None:  # tr(W H Wᵀ)
             reference += float(((piece @ hessian) * piece).sum(dtype=torch.float64))
         parts.append(solution.weight)
         notes.update(dict.fromkeys(solution.notes))
-    if not loss < float("inf"):
-        raise CheckpointError(
-            message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
-        )
     act_scale = static_scale([layer.info.name], layer.scheme, stats, dtype)
     q = replace(_joined(parts), scheme=layer.scheme, act_scale=act_scale)
-    reference = reference if hessian is not None else signal
-    record = LayerRecord(
-        name=layer.info.name,
-        method=layer.solver.name,
-        scheme=str(layer.scheme),
-        shape=(layer.info.out_features, layer.info.in_features),
-        loss=loss,
-        relative_error=(loss / reference) ** 0.5 if reference > 0 else None,
-        sqnr_db=decibels(signal, error),
-        num_tokens=0 if measured is None else measured.num_tokens,
-        seconds=time.perf_counter() - started,
-        digest=q.digest(),
-        notes=tuple(notes),
-    )
-    return q, record
+    errors = Errors(loss, signal, error, reference if hessian is not None else None)
+    tokens = 0 if measured is None else measured.num_tokens
+    return solved_layer(layer, q, errors, tokens, time.perf_counter() - started, tuple(notes))
 
 
 def _pieces(layer: LayerPlan) -> Iterator[slice]:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quantkit.activations import Activations
-from quantkit.block_tuning import SolvedBlock, SolvedLayer
+from quantkit.block_tuning import SolvedBlock
 from quantkit.capture import BlockInputs, Measurement
-from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize, fake_quantize_activations
 from quantkit.head import solve_in_rows
 from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
-from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Observer, Stage, Step, decibels
+from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Observer, Stage, Step
 from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
 from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
-from quantkit.solvers import Solution
+from quantkit.solving import SolvedLayer, solve_group
 from quantkit.staging import Staging
-from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats, Stat
 from quantkit.transforming import Samples, Transforming
 from quantkit.transforms import TransformRecord
@@ -149,7 +146,7 @@ class Pipeline:
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
             stats = measured.inputs.get(group[0].info.local) if measured else None
             energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
-            solved_group = solve_group(group, weights, stats, energies, self)
+            solved_group = solve_group(group, weights, stats, energies, self.device, self.plan.dtype)
             for layer, weight, solved in zip(group, weights, solved_group, strict=True):
                 if streams is not None:
                     self._put_in(block, layer, solved.weight)
@@ -411,11 +408,11 @@ class Pipeline:
         for layer in self.plan.block_layers(None):
             weight = _rows_first(tensors[self.plan.weight_tensor(layer)], layer.info.transposed)
             tensors.pop(f"{layer.info.stem}.weight", None)  # of a tied head the embedding's tensor stays
-            q, record = solve_in_rows(layer, weight, at_head, self.device, self.plan.dtype)
+            solved = solve_in_rows(layer, weight, at_head, self.device, self.plan.dtype)
             del weight
-            tensors.update(_named(layer, self.plan.format.encode(q)))
-            records.append(record)
-            self._announce(record)
+            tensors.update(_named(layer, self.plan.format.encode(solved.weight)))
+            records.append(solved.record)
+            self._announce(solved.record)
         self.staging.write(shard, tensors, records)
         return records
 
@@ -452,48 +449,6 @@ class Pipeline:
             self.observer(BlockTuned(record, resumed))
 
 
-def solve_group(
-    group: Sequence[LayerPlan],
-    weights: Sequence[Tensor],
-    stats: LayerStats | None,
-    energies: Sequence[float | None],
-    run: Pipeline,
-) -> list[SolvedLayer]:
-    """Solve layers that read the same input with the same scheme and solver at once, as the rows of one matrix.
-
-    Args:
-        group: the layers.
-        weights: [out, in] each, any floating-point dtype.
-        stats: of their common input.
-        energies: Σ y² of each layer's output over the tokens of ``stats``.
-        run: for the device and the dtype of the scales.
-
-    Raises:
-        HessianError: with the names of the layers.
-        CalibrationError: static activations whose input was always zero, or not finite.
-    """
-    started = time.perf_counter()
-    stacked = torch.cat([weight.to(run.device, torch.float32) for weight in weights])
-    first = group[0]
-    try:
-        used = stats if first.solver.needs else None
-        solution = first.solver.solve(stacked, first.scheme.weight_only, used, run.plan.dtype)
-    except HessianError as error:
-        raise HessianError(f"{', '.join(layer.info.name for layer in group)}: {error}") from error
-    act_scale = static_scale([layer.info.name for layer in group], first.scheme, stats, run.plan.dtype)
-    solution = replace(solution, weight=replace(solution.weight, scheme=first.scheme, act_scale=act_scale))
-    seconds = (time.perf_counter() - started) / len(group)
-    solved, row = [], 0
-    for layer, energy in zip(group, energies, strict=True):
-        rows = slice(row, row + layer.info.out_features)
-        row = rows.stop
-        counted = stats is not None and bool(first.solver.needs or first.fallback)
-        tokens = stats.num_tokens if stats is not None and counted else 0
-        measured = energy if tokens and first.solver.needs else None
-        solved.append(_solved(layer, stacked[rows], solution, rows, measured, tokens, seconds))
-    return solved
-
-
 def decode_layer(plan: Plan, layer: LayerPlan, tensors: dict[str, Tensor]) -> QuantizedTensor:
     """A layer's quantized weight from the tensors of its shard."""
     prefix = f"{layer.info.stem}."
@@ -506,34 +461,6 @@ def stored_shard(staging: Staging, shard: int) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(staging.path / staging.shard_name(shard))
-
-
-def _solved(
-    layer: LayerPlan, weight: Tensor, solution: Solution, rows: slice, energy: float | None, tokens: int, seconds: float
-) -> SolvedLayer:
-    q = solution.weight.rows(rows.start, rows.stop)
-    error = float((dequantize(q, torch.float32) - weight).square_().sum(dtype=torch.float64))
-    signal = float(weight.square().sum(dtype=torch.float64))
-    loss = float(solution.loss[rows].sum())
-    if not loss < float("inf"):
-        raise CheckpointError(
-            message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
-        )
-    reference = 2 / tokens * energy if energy is not None else signal
-    record = LayerRecord(
-        name=layer.info.name,
-        method=layer.solver.name,
-        scheme=str(layer.scheme),
-        shape=(layer.info.out_features, layer.info.in_features),
-        loss=loss,
-        relative_error=(loss / reference) ** 0.5 if reference > 0 else None,
-        sqnr_db=decibels(signal, error),
-        num_tokens=tokens,
-        seconds=seconds,
-        digest=q.digest(),
-        notes=solution.notes if layer.fallback is None else (layer.fallback, *solution.notes),
-    )
-    return SolvedLayer(q, record)
 
 
 def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[list[LayerPlan]]:

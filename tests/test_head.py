@@ -143,10 +143,12 @@ def test_pieces_make_the_whole(solver: GPTQ | RTN, monkeypatch: pytest.MonkeyPat
     stats.update(torch.randn(200, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
     info = LinearInfo("lm_head", "lm_head", "lm_head", 50, 64, False, None, False)
     layer = LayerPlan(info, parse_scheme("w3a16_g32_asym"), solver)
-    whole, record = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
+    solved = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
+    whole, record = solved.weight, solved.record
     for rows in (1, 7, 50):
         monkeypatch.setattr("quantkit.plan._HEAD_WEIGHTS_AT_ONCE", rows * 64)
-        pieces, again = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
+        solved = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
+        pieces, again = solved.weight, solved.record
         assert float((pieces.codes != whole.codes).float().mean()) < 2e-3
         torch.testing.assert_close(pieces.scale, whole.scale, rtol=1e-4, atol=0)
         assert again.loss == pytest.approx(record.loss, rel=1e-3)

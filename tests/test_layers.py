@@ -28,6 +28,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("recipe", "skeleton", "staging"),
     ("capture", "plan", "loader"),
+    ("solving",),
     ("head", "routing", "transforming", "sensitivity", "block_tuning"),
     ("pipeline", "verify", "evaluation"),
     ("run", "progress"),
