@@ -20,7 +20,7 @@ PACKAGE = Path(quantkit.__file__).parent
 # subpackage (solvers, formats, kernels) are one entry, and may import each other.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts"),
+    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts", "patterns"),
     ("qtensor", "stats", "text"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),

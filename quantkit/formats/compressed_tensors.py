@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, SchemeError, message
 from quantkit.packing import pack, packed_words, unpack
+from quantkit.patterns import Patterns, Targets
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -171,14 +172,17 @@ class CompressedTensors:
             if getattr(parsed, key):
                 raise CheckpointError(message(f"{_WHERE}.{key}", "is not run", "quantkit runs quantized weights alone"))
         groups = [(group, _scheme(name, group, parsed.format)) for name, group in parsed.config_groups.items()]
+        patterns = Patterns(_WHERE)
+        ignored = Targets(tuple(parsed.ignore or ()), patterns)
+        ranked = [(Targets(tuple(group.targets), patterns), scheme) for group, scheme in groups]
         found: dict[str, QuantScheme] = {}
-        for linear in linears:
-            if any(target == "Linear" or _matches(target, linear) for target in parsed.ignore or ()):
+        for linear in () if ignored.has_name("Linear") else linears:
+            if linear in ignored:
                 continue
             # As its own package ranks them: exact names, then patterns, then the class.
-            by_name = (s for g, s in groups if linear in g.targets)
-            by_pattern = (s for g, s in groups if any(t.startswith("re:") and _matches(t, linear) for t in g.targets))
-            by_class = (s for g, s in groups if "Linear" in g.targets)
+            by_name = (s for targets, s in ranked if targets.has_name(linear))
+            by_pattern = (s for targets, s in ranked if targets.has_pattern(linear))
+            by_class = (s for targets, s in ranked if targets.has_name("Linear"))
             scheme = next(by_name, None) or next(by_pattern, None) or next(by_class, None)
             if scheme is not None:
                 found[linear] = scheme
@@ -360,18 +364,6 @@ def _scheme(name: str, group: _Group, default_format: str) -> QuantScheme:
             message(where, f"{scheme} in {_INT8}", "quantkit reads 8-bit weights with one scale per channel there")
         )
     return scheme
-
-
-def _matches(target: str, linear: str) -> bool:
-    """Whether a target (a module name or ``re:`` pattern; a class name is the caller's matter) means this module."""
-    if not target.startswith("re:"):
-        return target == linear
-    try:
-        return re.match(target[3:], linear) is not None
-    except re.error as error:
-        raise CheckpointError(
-            message(_WHERE, f"{target!r} is not a regular expression ({error})", "repair config.json")
-        ) from error
 
 
 def _check(where: str, name: str, tensor: Tensor | None, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -129,7 +129,7 @@ def test_a_config_error_names_the_place() -> None:
     for path, value, place in (
         ("w.num_bits", 9, "config_groups.group_0: scheme: bits=9"),
         ("w.strategy", "block", "config_groups.group_0.weights.strategy: "),
-        ("config_groups.group_0.targets", ["re:("], "'re:(' is not a regular expression"),
+        ("config_groups.group_0.targets", ["re:("], "'(' is not a regular expression"),
         ("ignore", [None], "quantization_config.ignore.0: "),
     ):
         with pytest.raises(CheckpointError) as caught:
