@@ -20,49 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, InterruptedRunError, message
+from quantkit.safetensors_header import TensorInfo, read_header
+from quantkit.strict_json import read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_MAX_JSON_BYTES = 256 * 2**20
 _TAIL_BYTES = 2**20
 _CHECKED_AT_ONCE = 2**20  # values
-
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a safetensors header says of a tensor."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +55,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_links(path)
         self.config = read_json(path / CONFIG, missing="a model directory holds config.json and *.safetensors files")
         self.tensors = dict(sorted(_read_headers(path).items()))
         self._slices: dict[str, Slice] = {}
@@ -204,33 +171,6 @@ def check_finite(where: str, tensor: Tensor) -> None:
         )
 
 
-def read_json(path: Path, *, missing: str) -> dict[str, Any]:
-    """A JSON object from a file of at most 256 MiB.
-
-    Args:
-        path: the file.
-        missing: what to tell the user to do when it is not there.
-
-    Raises:
-        CheckpointError: not there, too large, or not a JSON object.
-    """
-    if not path.is_file():
-        raise CheckpointError(message(str(path.parent), f"{path.name} is missing", missing))
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(
-            message(str(path), f"has {path.stat().st_size} bytes", f"at most {_MAX_JSON_BYTES} are read")
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(
-            message(str(path), f"is not readable JSON ({error})", "repair or re-download it")
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(message(str(path), "is not a JSON object", "repair or re-download it"))
-    return value
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -298,6 +238,31 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _check_links(path: Path) -> None:
+    """No entry of a directory is a link to outside of it, where a stranger's link could lead to a user's own files.
+
+    The hub's cache is an exception: its snapshots are links into the ``blobs`` beside them.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    home = path.resolve()
+    allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if not entry.is_symlink():
+            continue
+        try:
+            target = entry.resolve()
+        except (OSError, RuntimeError):  # a circle
+            target = Path("/")
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                message(
+                    str(path), f"{entry.name} is a link to outside of the directory", "put the file itself in its place"
+                )
+            )
+
+
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(path)
     tensors: dict[str, TensorInfo] = {}
@@ -342,38 +307,15 @@ def _weight_map(path: Path) -> dict[str, str] | None:
             message(str(path / INDEX), "has no weight_map of names to files", "re-download the model")
         )
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable() or len(file) > 255:
             raise CheckpointError(
                 message(
                     str(path / INDEX),
-                    f"names the file {file!r}",
+                    f"names the file {file[:80]!a}",
                     "only *.safetensors files in the same directory are read",
                 )
             )
     return weight_map
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of one safetensors file.
-
-    Raises:
-        CheckpointError: truncated, padded, or a dtype that is not read.
-    """
-    with _opened(path) as handle:
-        found = {}
-        for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
-            part = handle.get_slice(name)
-            dtype = _DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise CheckpointError(
-                    message(
-                        f"{path}: {name}",
-                        f"dtype {part.get_dtype()} is not read",
-                        f"convert it to one of {', '.join(_DTYPES)}",
-                    )
-                )
-            found[name] = TensorInfo(path.name, dtype, tuple(part.get_shape()))
-        return found
 
 
 def _opened(path: Path) -> Any:

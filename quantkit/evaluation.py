@@ -18,9 +18,10 @@ from torch import Tensor
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, InputError, message
 from quantkit.loader import load
+from quantkit.model_config import open_config
 from quantkit.perplexity import Progress, Windows, plan_windows, score_models
 from quantkit.report import versions
-from quantkit.skeleton import open_config, open_skeleton
+from quantkit.skeleton import open_skeleton
 from quantkit.source import open_tokenizer, resolve_model
 from quantkit.text import EvaluationText, evaluation_text
 

@@ -13,8 +13,9 @@ from quantkit.errors import CheckpointError, message
 from quantkit.experts import SplitExperts
 from quantkit.formats import CheckpointFormat, format_of
 from quantkit.linear import QuantLinear
+from quantkit.model_config import open_config
 from quantkit.scheme import QuantScheme
-from quantkit.skeleton import LinearInfo, Skeleton, assign, open_config, open_skeleton
+from quantkit.skeleton import LinearInfo, Skeleton, assign, open_skeleton
 from quantkit.source import resolve_device, resolve_dtype, resolve_model
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from quantkit.arch import Structure, collapsed_name, input_group, unequal_fused
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.experts import ExpertsInfo
 from quantkit.formats import CheckpointFormat, format_named
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
+from quantkit.safetensors_header import TensorInfo
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton
 from quantkit.solvers import RTN, AutoRound, Solver

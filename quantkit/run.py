@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration import CalibrationSet, calibration_samples, from_tokens
-from quantkit.checkpoint import CONFIG, Checkpoint, read_header, write_bytes, write_index, write_json
+from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_index, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
 from quantkit.heap import map_large_blocks
 from quantkit.pipeline import Pipeline
@@ -32,6 +32,7 @@ from quantkit.report import (
     transform_to_dict,
     versions,
 )
+from quantkit.safetensors_header import read_header
 from quantkit.source import open_tokenizer, resolve_device, resolve_model
 from quantkit.staging import Staging, check_output
 from quantkit.verify import verify_output

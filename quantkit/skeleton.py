@@ -26,6 +26,7 @@ from quantkit.experts import (
     slot_on_disk,
     why_not_experts,
 )
+from quantkit.model_config import CONFIG_ERRORS, check_numbers, open_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -122,36 +123,6 @@ class Skeleton:
         return next((name for name, module in self.model.named_modules() if module is head), None)
 
 
-def open_config(path: Path) -> PretrainedConfig:
-    """The transformers config of a causal language model; remote code is never run.
-
-    Raises:
-        CheckpointError: unknown or malformed, or not a causal language model.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            message(
-                str(path / CONFIG),
-                f"transformers cannot read it ({reason})",
-                "only families that transformers knows without remote code are run",
-            )
-        ) from error
-    wanted = list(config.architectures or [])
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (wanted and not causal.intersection(wanted)):
-        what = ", ".join(wanted) or f"model_type {config.model_type}"
-        raise CheckpointError(
-            message(str(path), f"is not a causal language model ({what})", "give a model of a *ForCausalLM class")
-        )
-    return config
-
-
 def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     """Build the model on the meta device and match its parameters with the tensors on disk.
 
@@ -162,10 +133,10 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     Raises:
         CheckpointError: not a causal language model, or no list of decoder blocks.
     """
+    check_numbers(checkpoint)
     config = open_config(checkpoint.path)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    _check_depth(checkpoint, config)
     model = _meta_model(checkpoint.path, config, dtype)
     found = find_blocks(model)
     if found is None:
@@ -272,7 +243,7 @@ def _meta_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(
             message(
                 str(path / CONFIG),
@@ -282,18 +253,6 @@ def _meta_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         ) from error
     model.eval().requires_grad_(False)
     return model
-
-
-def _check_depth(checkpoint: Checkpoint, config: Any) -> None:
-    layers = getattr(config, "num_hidden_layers", 0) or 0
-    if layers > len(checkpoint.tensors):
-        raise CheckpointError(
-            message(
-                str(checkpoint.path / CONFIG),
-                f"num_hidden_layers={layers} with only {len(checkpoint.tensors)} tensors on disk",
-                "check config.json against the weights",
-            )
-        )
 
 
 def _find_experts(model: nn.Module) -> tuple[list[ExpertsInfo], list[tuple[str, str]]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint import read_json, write_json, write_shard
+from quantkit.checkpoint import write_json, write_shard
 from quantkit.errors import OutputError, message
 from quantkit.report import (
     BlockRecord,
@@ -29,6 +29,7 @@ from quantkit.report import (
     transform_from_dict,
     transform_to_dict,
 )
+from quantkit.strict_json import read_json
 from quantkit.transforms import TransformRecord
 
 _RUN = "run.json"

@@ -74,6 +74,45 @@ def test_index_and_files_disagree(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "o")
 
 
+def test_links_out_of_the_directory(tmp_path: Path) -> None:
+    """Tokenizers and licences are copied into the output: a link to a user's own file would publish it."""
+    path = directory(tmp_path / "m", {"model.safetensors": {"a": torch.ones(2)}})
+    (tmp_path / "secret").write_text("key")
+    (path / "inside").symlink_to("config.json")
+    assert [p.name for p in Checkpoint(path).other_files()] == ["inside"]
+    for target in ("../secret", str(tmp_path / "secret"), "/dev/zero", "LICENSE", ".."):
+        (path / "LICENSE").symlink_to(target)
+        with pytest.raises(CheckpointError, match="LICENSE is a link to outside of the directory"):
+            Checkpoint(path)
+        (path / "LICENSE").unlink()
+
+
+def test_the_hubs_cache_is_made_of_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    directory(tmp_path / "m", {"model.safetensors": {"a": torch.ones(2)}})
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "m" / name).rename(blobs / f"sha-{name}")
+        (snapshot / name).symlink_to(f"../../blobs/sha-{name}")
+    assert list(Checkpoint(snapshot).tensors) == ["a"]
+    (snapshot / "LICENSE").symlink_to("../../../secret")
+    with pytest.raises(CheckpointError, match="LICENSE is a link"):
+        Checkpoint(snapshot)
+    (snapshot / "LICENSE").unlink()
+    blobs.rename(tmp_path / "elsewhere")  # blobs that are themselves a link lead anywhere
+    blobs.symlink_to("elsewhere")
+    with pytest.raises(CheckpointError, match="is a link to outside"):
+        Checkpoint(snapshot)
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
+    path = directory(tmp_path / "m", {})
+    (path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only pickled weights are there \(pytorch_model.bin\), which can run"):
+        Checkpoint(path)
+
+
 def lying_header(entry: dict[str, object]) -> bytes:
     header = json.dumps({"a": entry}).encode()
     return struct.pack("<Q", len(header)) + header + b"\0" * 16
@@ -105,7 +144,7 @@ def test_malformed_safetensors(tmp_path: Path, content: bytes) -> None:
 
 def test_dtype_that_is_not_read(tmp_path: Path) -> None:
     path = directory(tmp_path, {"model.safetensors": {"a": torch.ones(2).to(torch.float8_e4m3fn)}})
-    with pytest.raises(CheckpointError, match="F8_E4M3 is not read"):
+    with pytest.raises(CheckpointError, match="dtype 'F8_E4M3' is not read"):
         Checkpoint(path)
 
 

@@ -20,13 +20,14 @@ PACKAGE = Path(quantkit.__file__).parent
 # subpackage (solvers, formats, kernels) are one entry, and may import each other.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts", "patterns"),
-    ("qtensor", "stats", "text"),
+    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts", "patterns", "strict_json"),
+    ("qtensor", "stats", "text", "safetensors_header"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),
     ("linear", "checkpoint", "source", "report", "activations", "perplexity", "static_activations"),
     ("tuning",),
-    ("recipe", "skeleton", "staging"),
+    ("recipe", "model_config", "staging"),
+    ("skeleton",),
     ("capture", "plan", "loader"),
     ("solving",),
     ("head", "routing", "transforming", "sensitivity", "block_tuning"),
