@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from quantkit.transformers import register_when_imported
+
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationSpec
     from quantkit.errors import (
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
         SchemeError,
     )
     from quantkit.evaluation import EvalSpec, Evaluation, evaluate
-    from quantkit.linear import QuantLinear, replace_linears
+    from quantkit.linear import QuantLinear
     from quantkit.loader import load
     from quantkit.mixed import MixedPlan, plan_mixed
+    from quantkit.modules import quantize_module
     from quantkit.qtensor import QuantizedTensor
     from quantkit.recipe import Recipe, Rule
+    from quantkit.replacing import replace_linears
     from quantkit.run import Result, quantize
     from quantkit.scheme import QuantScheme, parse_scheme
     from quantkit.solvers import GPTQ, RTN, AutoRound
@@ -55,17 +59,20 @@ _HOMES = {
         "SchemeError",
     ),
     "evaluation": ("EvalSpec", "Evaluation", "evaluate"),
-    "linear": ("QuantLinear", "replace_linears"),
+    "linear": ("QuantLinear",),
     "loader": ("load",),
     "mixed": ("MixedPlan", "plan_mixed"),
+    "modules": ("quantize_module",),
     "qtensor": ("QuantizedTensor",),
     "recipe": ("Recipe", "Rule"),
+    "replacing": ("replace_linears",),
     "run": ("Result", "quantize"),
     "scheme": ("QuantScheme", "parse_scheme"),
     "solvers": ("GPTQ", "RTN", "AutoRound"),
     "transforms": ("AWQ", "Rotation", "SmoothQuant"),
     "tuning": ("BlockTuning",),
 }
+_PACKAGES = ("transformers",)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -101,11 +108,14 @@ __all__ = [
     "parse_scheme",
     "plan_mixed",
     "quantize",
+    "quantize_module",
     "replace_linears",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"quantkit.{name}")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
@@ -114,3 +124,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_imported()

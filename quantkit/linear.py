@@ -1,10 +1,9 @@
-"""QuantLinear, the single quantized nn.Module, and replace_linears(), which puts it into any model."""
+"""QuantLinear, the single quantized nn.Module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -92,10 +91,10 @@ class QuantLinear(nn.Module):
             SchemeError: the group size does not divide the columns, or the weight is not finite.
             KernelError: no backend can run the layer.
         """
-        wanted = _dynamic_scheme(scheme)
-        weight = _dense_weight(linear)
+        wanted = dynamic_scheme(scheme)
+        weight = dense_weight(linear)
         wanted.num_groups(weight.shape[1])
-        choose_backend(_spec_of(weight, wanted), backend)
+        choose_backend(spec_of(weight, wanted), backend)
         # float64 scales do not ship, and numbers below float32 are not computed with.
         scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
         q = quantize_groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), wanted, scale_dtype)
@@ -272,117 +271,7 @@ def _product(x: Tensor, layer: QuantLinear) -> Tensor:
     return cast(Tensor, _Product.apply(x, layer))  # type: ignore[no-untyped-call]
 
 
-def replace_linears(
-    model: nn.Module,
-    scheme: QuantScheme | str,
-    *,
-    skip: Callable[[str, nn.Module], bool] | Sequence[str] = (),
-    backend: str | None = None,
-) -> dict[str, QuantLinear]:
-    """Round every linear layer of a model to the nearest codes (RTN), in place.
-
-    Replaced are nn.Linear, its subclasses that do not change its forward, and the Conv1D of transformers. These
-    stay as they are: a layer whose weight another module that stays uses too (a head tied to an embedding), and the
-    output projection of nn.MultiheadAttention, which reads that weight itself. The fused inference path of an
-    nn.TransformerEncoderLayer reads its linears' dense weights, so a replaced layer's encoder stops taking it.
-
-    Nothing is touched before all layers have been checked and rounded; until then both forms are in memory.
-
-    Args:
-        model: any module, transformers or not.
-        scheme: a scheme or its name, such as ``w4a16_g128``.
-        skip: what stays dense: full names of modules, each with all below it, or a function of name and module.
-        backend: a kernel backend by name; None is the first that can run each layer.
-
-    Returns:
-        Name -> layer, for every layer that was replaced; a module with two names has both.
-
-    Raises:
-        SchemeError: shapes that the scheme does not divide (all are listed), or weights that are not finite.
-        InputError: a name in ``skip`` that the model does not have, or a model that is itself a linear layer.
-        KernelError: no backend can run a layer.
-    """
-    wanted = _dynamic_scheme(scheme)
-    if _is_replaceable(model):
-        what = f"the model is itself a {type(model).__name__}, which nothing holds"
-        raise InputError(message("replace_linears", what, "use QuantLinear.from_linear"))
-    targets = _targets(model, _skip_rule(model, skip))
-    _check_targets(targets, wanted, backend)
-    made: dict[nn.Module, QuantLinear] = {}
-    for name, linear in targets.items():
-        if linear in made:
-            continue
-        try:
-            made[linear] = QuantLinear.from_linear(linear, wanted, backend=backend)
-        except SchemeError as error:
-            raise SchemeError(f"{name}: {error}") from error
-    for name, linear in targets.items():
-        model.set_submodule(name, made[linear])
-    _leave_fused_paths(model)
-    return {name: made[linear] for name, linear in targets.items()}
-
-
-def _targets(model: nn.Module, skipped: Callable[[str, nn.Module], bool]) -> dict[str, nn.Module]:
-    """The layers to replace, under every name that they have."""
-    attention = (module for module in model.modules() if isinstance(module, nn.MultiheadAttention))
-    owned = {child for module in attention for child in module.children()}
-    wanted = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if _is_replaceable(module) and module not in owned and not skipped(name, module)
-    }
-    staying = set(model.modules()) - set(wanted.values())
-    tied = {id(p) for module in staying for p in module.parameters(recurse=False)}
-    return {name: module for name, module in wanted.items() if id(module.weight) not in tied}
-
-
-def _check_targets(targets: Mapping[str, nn.Module], scheme: QuantScheme, backend: str | None) -> None:
-    specs = {name: _spec_of(_dense_weight(linear), scheme) for name, linear in targets.items()}
-    reasons = {name: scheme.why_not(spec.in_features) for name, spec in specs.items()}
-    refused = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
-    if refused:
-        what = f"{len(refused)} of {len(targets)} layers cannot have {scheme} ({' | '.join(refused)})"
-        raise SchemeError(message("replace_linears", what, "choose another group size or skip these layers"))
-    for name, spec in specs.items():
-        try:
-            choose_backend(spec, backend)
-        except KernelError as error:
-            raise KernelError(f"{name}: {error}") from error
-
-
-def _skip_rule(
-    model: nn.Module, skip: Callable[[str, nn.Module], bool] | Sequence[str]
-) -> Callable[[str, nn.Module], bool]:
-    if callable(skip):
-        return skip
-    names = (skip,) if isinstance(skip, str) else tuple(skip)
-    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for name in names:
-        if name not in known:
-            near = ", ".join(get_close_matches(name, known)) or "a name from model.named_modules()"
-            raise InputError(message("skip", f"the model has no module {name!r}", f"did you mean {near}"))
-    return lambda name, _: any(name == top or name.startswith(f"{top}.") for top in names)
-
-
-def _leave_fused_paths(model: nn.Module) -> None:
-    """Clear the flags that let torch's encoder layers hand dense weights to a fused operator."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, QuantLinear) for child in module.children()
-        ):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, QuantLinear) for child in module.modules()
-        ):
-            module.use_nested_tensor = False
-
-
-def _is_replaceable(module: nn.Module) -> bool:
-    is_linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return is_linear or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, told by its name and shape: transformers is not imported for it."""
     weight = getattr(module, "weight", None)
     if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -390,21 +279,22 @@ def _is_conv1d(module: nn.Module) -> bool:
     return bool(weight.shape[1] == getattr(module, "nf", None))
 
 
-def _dense_weight(linear: nn.Module) -> Tensor:
+def dense_weight(linear: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer."""
     if isinstance(linear, nn.Linear):
         return linear.weight.detach()
-    if _is_conv1d(linear):
+    if is_conv1d(linear):
         return cast(Tensor, linear.weight).detach().T
     what = f"{type(linear).__name__} is not a linear layer"
     raise InputError(message("QuantLinear", what, "give an nn.Linear or transformers' Conv1D"))
 
 
-def _spec_of(weight: Tensor, scheme: QuantScheme) -> LinearSpec:
+def spec_of(weight: Tensor, scheme: QuantScheme) -> LinearSpec:
+    """What a backend has to run for a dense weight [out, in] in this scheme."""
     return LinearSpec(weight.shape[1], weight.shape[0], scheme, weight.dtype, weight.device.type)
 
 
-def _dynamic_scheme(scheme: QuantScheme | str) -> QuantScheme:
+def dynamic_scheme(scheme: QuantScheme | str) -> QuantScheme:
     """The scheme, which must need no calibration data."""
     wanted = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     if wanted.act_static:

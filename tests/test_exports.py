@@ -51,6 +51,7 @@ PUBLIC = {
     "parse_scheme",
     "plan_mixed",
     "quantize",
+    "quantize_module",
     "replace_linears",
 }
 

@@ -25,11 +25,13 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),
     ("linear", "checkpoint", "source", "report", "activations", "perplexity", "static_activations"),
+    ("replacing",),
     ("tuning",),
     ("recipe", "model_config", "staging"),
     ("skeleton",),
-    ("capture", "plan", "loader"),
+    ("capture", "plan", "loader", "transformers"),
     ("solving",),
+    ("modules",),
     ("head", "routing", "transforming", "sensitivity", "block_tuning"),
     ("pipeline", "verify", "evaluation"),
     ("run", "progress"),
@@ -40,7 +42,13 @@ TIERS: tuple[tuple[str, ...], ...] = (
 RANK = {name: rank for rank, tier in enumerate(TIERS) for name in tier}
 
 # Seconds to import, or a network behind them; none is needed to import quantkit's modules.
-LATE = {"transformers", "datasets", "huggingface_hub", "accelerate"}
+LATE = {"transformers", "datasets", "huggingface_hub", "accelerate", "peft", "lm_eval"}
+# Files that extend a package's classes, and that others import only inside of functions.
+EXTENDING = {
+    "transformers/registry.py": {"transformers"},
+    "transformers/quantizer.py": {"transformers"},
+    "transformers/adapters.py": {"peft"},
+}
 # Reading with these can run code that a file holds.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}
@@ -140,7 +148,8 @@ def misplaced_imports(sources: Sources) -> list[str]:
             package = imported.name.partition(".")[0]
             if package == "triton" and not Path(path).match("kernels/triton_*.py"):
                 found.append(f"{path}:{imported.line}: triton outside of kernels/triton_*")
-            if package in LATE and imported.top and not imported.typing:
+            extended = package in EXTENDING.get(path, ())
+            if package in LATE and imported.top and not imported.typing and not extended:
                 found.append(f"{path}:{imported.line}: {package} at module level")
     return found
 
@@ -230,11 +239,22 @@ def test_imports_within_a_subpackage_and_downwards_are_allowed() -> None:
         ("text.py", "class A:\n    import datasets"),
         ("skeleton.py", "try:\n    from accelerate import init_empty_weights\nexcept ImportError:\n    pass"),
         ("skeleton.py", "if True:\n    import transformers.modeling_utils"),
+        ("transformers/__init__.py", "import transformers"),
+        ("transformers/quantizer.py", "import accelerate"),
         ("skeleton.py", "import typing\nif typing.TYPE_CHECKING:\n    pass\nelse:\n    import transformers"),
     ],
 )
 def test_a_planted_import_in_the_wrong_place_is_caught(path: str, text: str) -> None:
     assert len(misplaced_imports(planted(path, text))) == 1
+
+
+def test_nothing_imports_the_extending_files_at_module_level() -> None:
+    """But each other: else their packages would be loaded with quantkit."""
+    modules = {"quantkit." + path.removesuffix(".py").replace("/", ".") for path in EXTENDING}
+    for path, text in package_sources().items():
+        for imported in imports(ast.parse(text)):
+            if imported.top and not imported.typing and path not in EXTENDING:
+                assert not any(imported.name.startswith(f"{module}.") for module in modules), path
 
 
 def test_late_and_typing_imports_are_allowed() -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from quantkit.errors import InputError, KernelError, SchemeError
 from quantkit.grid import dequantize
-from quantkit.linear import QuantLinear, replace_linears
+from quantkit.linear import QuantLinear
 from quantkit.qtensor import QuantizedTensor
+from quantkit.replacing import replace_linears
 from quantkit.scheme import QuantScheme
 
 

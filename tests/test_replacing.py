@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import InputError, KernelError, SchemeError
 from quantkit.grid import quantize_groups
-from quantkit.linear import QuantLinear, replace_linears
+from quantkit.linear import QuantLinear
+from quantkit.replacing import replace_linears
 from quantkit.scheme import QuantScheme
 
 
@@ -151,6 +152,19 @@ class TestReplaceLinears:
     def test_a_model_that_is_a_linear_layer(self) -> None:
         with pytest.raises(InputError, match="use QuantLinear"):
             replace_linears(dense(64, 64), "w8a16")
+
+    def test_stacked_experts_are_refused_unless_they_are_skipped(self) -> None:
+        from families import tiny_config
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(tiny_config("mixtral"))
+        experts = [f"model.layers.{i}.mlp.experts" for i in range(3)]
+        with pytest.raises(InputError, match=rf"3 modules stack .* such as {experts[0]}"):
+            replace_linears(model, "w8a16")
+        with pytest.raises(InputError, match=rf"2 modules stack .* such as {experts[1]}"):
+            replace_linears(model, "w8a16", skip=experts[:1])
+        assert not any(isinstance(module, QuantLinear) for module in model.modules())
+        assert "model.layers.0.self_attn.q_proj" in replace_linears(model, "w8a16", skip=experts)
 
     def test_twice(self) -> None:
         model = Mlp()

@@ -1,0 +1,192 @@
+"""quantkit as a quantizer of transformers: what from_pretrained and save_pretrained call for a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CheckpointError, message
+from quantkit.experts import DOWN, GATE_UP, LEAVES, SplitExperts, disk_leaves
+from quantkit.formats import format_of
+from quantkit.linear import QuantLinear
+from quantkit.safetensors_header import TensorInfo
+from quantkit.skeleton import Skeleton, open_skeleton
+from quantkit.transformers.packed import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "quantkit"
+
+
+class QuantkitQuantizer(HfQuantizer):
+    """Opens any checkpoint that quantkit reads; quantized layers become :class:`quantkit.QuantLinear`.
+
+    Nothing is dense on the way: transformers places each layer's tensors as they are on disk, and then one layer at a
+    time is packed for its kernel backend. Layers that a device map sends to the disk, or from an accelerator to the
+    CPU, stay as they are on disk and are decoded for each call.
+    """
+
+    requires_calibration = True  # to quantize is what quantkit.quantize is for
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._on_disk: dict[str, Any] = quantization_config.to_dict()
+        self._format = format_of(self._on_disk)
+        self._split_leaves: dict[str, str] = {}
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,  # noqa: ARG002 - transformers' own
+    ) -> PreTrainedModel:
+        """Put a :class:`PackedLinear` in the place of every layer that is quantized on disk."""
+        if not checkpoint_files:
+            raise CheckpointError(
+                message("from_pretrained", "no files to read quantized weights from", "give a directory or a hub id")
+            )
+        compute = dtype if dtype is not None else torch.get_default_dtype()
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        skeleton = open_skeleton(checkpoint, compute)
+        schemes = self._format.read_config(self._on_disk, tuple(info.name for info in skeleton.linears))
+        members = _by_layer(skeleton.checkpoint)
+        if any(info.expert is not None and info.name in schemes for info in skeleton.linears):
+            _check_no_stack(checkpoint)
+            self._split_experts(model, skeleton, compute)
+        for info in skeleton.linears:
+            tensors = members.get(info.stem, {})
+            scheme = schemes.get(info.name)
+            if scheme is None or (info.tied and not any(leaf.startswith("weight_") for leaf in tensors)):
+                continue
+            shape = (info.out_features, info.in_features)
+            packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)
+            name = _name_in(model, info.name)
+            model.set_submodule(name, packed)
+            _nothing_to_initialize(model.get_submodule(name.rpartition(".")[0]))
+        return model
+
+    def _split_experts(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        rules = [r for r in get_model_conversion_mapping(skeleton.model) if isinstance(r, WeightConverter)]
+        for info in skeleton.experts:
+            self._split_leaves.update(disk_leaves(info, rules) or {})
+            name = _name_in(model, info.name)
+            split = SplitExperts(model.get_submodule(name), info, dtype)
+            _nothing_to_initialize(split.gating)
+            model.set_submodule(name, split)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002
+        """Experts that stand one by one are not stacked on loading, only renamed."""
+        if not self._split_leaves:
+            return weight_conversions  # there is nothing else to deserialize
+        stacks = (GATE_UP, DOWN)
+        kept = [
+            rule
+            for rule in weight_conversions
+            if not (isinstance(rule, WeightConverter) and rule.target_patterns[0].endswith(stacks))
+        ]
+        names = [
+            WeightRenaming(rf"experts\.(\d+)\.{disk}\.", rf"experts.\1.{leaf}.")
+            for leaf, disk in self._split_leaves.items()
+            if leaf != disk
+        ]
+        assert set(self._split_leaves) == set(LEAVES)
+        return [*kept, *names]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:  # noqa: ARG002
+        """Pack layer after layer for its backend; what it was loaded into is freed at once."""
+        for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+            packed = model.get_submodule(name)
+            assert isinstance(packed, PackedLinear)
+            if not packed.is_here:
+                continue
+            layer = packed.unpacked().train(packed.training)
+            model.set_submodule(name, layer)
+            if hasattr(packed, "_hf_hook"):  # of a device map that places this very layer
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(layer, packed._hf_hook)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """For save_pretrained: every tensor in the checkpoint's own format, the codes those that were loaded.
+
+        Beside the model, all its quantized weights are in memory once more, packed as on disk.
+        """
+        state: dict[str, Tensor] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            tensors = self._encoded(module) if isinstance(module, QuantLinear) else _own_tensors(module)
+            state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
+        return state, {}
+
+    def _encoded(self, layer: QuantLinear) -> dict[str, Tensor]:
+        bias = {} if layer.bias is None else {"bias": layer.bias}
+        return {**self._format.encode(layer.quantized()), **bias}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """For model.dequantize(): dense layers of the same weights, one after another."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, _dense(module, dtype or module.spec.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the checkpoint's own format."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top are: gradients pass through the quantized layers to their inputs."""
+        return True
+
+
+def _check_no_stack(checkpoint: Checkpoint) -> None:
+    stacked = next((name for name in checkpoint.tensors if name.endswith((f".{GATE_UP}", f".{DOWN}"))), None)
+    if stacked is not None:
+        what = f"{stacked} stacks dense experts, and others are quantized one by one"
+        raise CheckpointError(message(str(checkpoint.path), what, "open it with quantkit.load"))
+
+
+def _by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        found.setdefault(stem, {})[leaf] = info
+    return found
+
+
+def _name_in(model: PreTrainedModel, name: str) -> str:
+    """A causal model's module name in a model that may lack the outermost prefix (AutoModel's)."""
+    shorter = name.removeprefix(f"{model.base_model_prefix}.")
+    names = {found for found, _ in model.named_modules()}
+    return name if name in names or shorter not in names else shorter
+
+
+def _nothing_to_initialize(module: nn.Module) -> None:
+    """Keep transformers from initializing, through this module, weights that are not there any more."""
+    if not module._parameters:
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module itself, as a state_dict has them."""
+    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return {n: t.detach() for n, t in {**module._parameters, **buffers}.items() if t is not None}
+
+
+def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return dense.train(layer.training)
