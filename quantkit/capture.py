@@ -224,24 +224,25 @@ class Measurement:
 
     Attributes:
         inputs: layer -> the statistics of its input.
-        output_energy: layer -> Σ y² over all tokens and outputs, bias left out (float).
     """
 
     def __init__(self, linears: Mapping[str, nn.Module], needs: frozenset[Stat]) -> None:
         self.inputs: dict[str, LayerStats] = {}
-        self.output_energy: dict[str, float] = dict.fromkeys(linears, 0.0)
         self._linears, self._needs = linears, needs
         self._leaders: dict[str, bool] = {}
         self._live: list[tuple[Tensor, str]] = []  # inputs of the first pass, held so that no address is used twice
         self._references: dict[str, Tensor] = {}  # what the full-precision pass gave each layer
         self._is_reference = False
+        self._calls = dict.fromkeys(linears, 0)  # in this pass
+        self._calls_each_once = False  # as the first pass did
+        self._may_stop = False
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Gather statistics from every forward pass inside."""
         handles = []
         for name, module in self._linears.items():
-            handles.append(module.register_forward_hook(self._hook(name)))
+            handles.append(module.register_forward_pre_hook(self._hook(name)))
         try:
             yield
         finally:
@@ -257,8 +258,18 @@ class Measurement:
         finally:
             self._is_reference = False
 
-    def end_pass(self) -> None:
-        """One forward pass of the block is over: who shares an input with whom is known from here on."""
+    @contextmanager
+    def one_pass(self, whole: bool = False) -> Iterator[None]:
+        """The measured forward pass of one sample is inside. Who shares an input with whom is known from the first on.
+
+        A pass ends where the last layer's input is known, for nothing after it is measured: unless ``whole``, and but
+        for the first. After a pass that did not call each layer once the next one is run to its end.
+        """
+        self._may_stop = self._calls_each_once and not whole
+        with suppress(_Stop):
+            yield
+        self._calls_each_once = all(count == 1 for count in self._calls.values())
+        self._calls = dict.fromkeys(self._calls, 0)
         self._live.clear()
         self._references.clear()
 
@@ -283,7 +294,7 @@ class Measurement:
         return list(by_stats.values())
 
     def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             if self._is_reference:
                 self._references[name] = x
@@ -295,9 +306,9 @@ class Measurement:
                 self._live.append((x, name))
             if self._leaders[name]:
                 self.inputs[name].update(x, self._references.get(name))
-            bias = getattr(module, "bias", None)
-            y = output if bias is None else output - bias
-            self.output_energy[name] += float(torch.linalg.vector_norm(y, dtype=torch.float32)) ** 2
+            self._calls[name] += 1
+            if self._may_stop and all(self._calls.values()):
+                raise _Stop
 
         return hook
 

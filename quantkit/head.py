@@ -16,9 +16,9 @@ from torch import Tensor
 from quantkit.errors import HessianError
 from quantkit.plan import LayerPlan, head_rows_at_once
 from quantkit.qtensor import QuantizedTensor
-from quantkit.solving import Errors, SolvedLayer, solved_layer, weight_errors
+from quantkit.solving import Errors, SolvedLayer, reference, solved_layer, weight_errors
 from quantkit.static_activations import static_scale
-from quantkit.stats import LayerStats, Stat
+from quantkit.stats import LayerStats
 
 
 def solve_in_rows(
@@ -40,10 +40,10 @@ def solve_in_rows(
     """
     started = time.perf_counter()
     measured = stats if layer.solver.needs else None
-    hessian = measured.hessian if measured is not None and Stat.HESSIAN in layer.solver.needs else None
     parts: list[QuantizedTensor] = []
     notes: dict[str, None] = {}
-    loss = reference = signal = error = 0.0
+    loss = signal = error = 0.0
+    energy: float | None = None
     for rows in _pieces(layer):
         piece = weight[rows].to(device, torch.float32)
         try:
@@ -53,13 +53,13 @@ def solve_in_rows(
         loss += float(solution.loss.sum())
         of_piece = weight_errors(solution.weight, piece)
         signal, error = signal + of_piece[0], error + of_piece[1]
-        if hessian is not None:  # tr(W H Wᵀ)
-            reference += float(((piece @ hessian) * piece).sum(dtype=torch.float64))
+        of_rows = reference(layer, piece, measured)
+        energy = of_rows if of_rows is None else of_rows + (energy or 0.0)
         parts.append(solution.weight)
         notes.update(dict.fromkeys(solution.notes))
     act_scale = static_scale([layer.info.name], layer.scheme, stats, dtype)
     q = replace(_joined(parts), scheme=layer.scheme, act_scale=act_scale)
-    errors = Errors(loss, signal, error, reference if hessian is not None else None)
+    errors = Errors(loss, signal, error, energy)
     tokens = 0 if measured is None else measured.num_tokens
     return solved_layer(layer, q, errors, tokens, time.perf_counter() - started, tuple(notes))
 

@@ -12,7 +12,7 @@ import os
 import sys
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE = 2**20  # bytes
+_LARGE = 2**22  # bytes
 
 
 def use_huge_pages() -> None:
@@ -24,7 +24,7 @@ def use_huge_pages() -> None:
 
 
 def map_large_blocks() -> None:
-    """From now on, in this process, every block of 1 MiB or more is mapped by itself and unmapped when it is freed."""
+    """From now on, in this process, every block of 4 MiB or more is mapped by itself and unmapped when it is freed."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -19,7 +19,7 @@ from quantkit.heap import trim
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Observer, Stage, Step
-from quantkit.routing import ExpertInputs, ExpertMeasurement, expert_groups
+from quantkit.routing import ExpertInputs, expert_groups
 from quantkit.skeleton import Skeleton, assign, experts_of, place_buffers, release, set_weight
 from quantkit.solving import SolvedLayer, solve_group
 from quantkit.staging import Staging
@@ -142,11 +142,9 @@ class Pipeline:
         records: dict[str, LayerRecord] = {}
         untuned: dict[str, SolvedLayer] = {}
         originals: dict[str, Tensor] = {}
-        for group, measured in self._measured_groups(index, layers, streams, scaled):
+        for group, stats in self._measured_groups(index, layers, streams, scaled):
             weights = [_rows_first(source.pop(f"{p.info.stem}.weight"), p.info.transposed) for p in group]
-            stats = measured.inputs.get(group[0].info.local) if measured else None
-            energies = [measured.output_energy.get(p.info.local) if measured else None for p in group]
-            solved_group = solve_group(group, weights, stats, energies, self.device, self.plan.dtype)
+            solved_group = solve_group(group, weights, stats, self.device, self.plan.dtype)
             for layer, weight, solved in zip(group, weights, solved_group, strict=True):
                 if streams is not None:
                     self._put_in(block, layer, solved.weight)
@@ -229,15 +227,15 @@ class Pipeline:
 
     def _measured_groups(
         self, index: int, layers: Sequence[LayerPlan], streams: Streams | None, scaled: Scaled | None
-    ) -> Iterator[tuple[list[LayerPlan], Measurement | ExpertMeasurement | None]]:
-        """The layers to solve together, one group after the other, each with what was measured for it.
+    ) -> Iterator[tuple[list[LayerPlan], LayerStats | None]]:
+        """The layers to solve together, one group after the other, each with the statistics of its input.
 
         Everything is measured in one pass; or, true-sequentially, each group in a pass of its own when the groups
         before it are quantized already. What was measured to find scales is measured already. Experts come last: their
         inputs are kept in the last pass, and no pass follows, so that their weights are replaced in place.
         """
         if scaled is not None and scaled.measured is not None:
-            yield from ((group, scaled.measured) for group in _groups(layers, scaled.measured))
+            yield from _groups(layers, scaled.measured)
             return
         sequential, original = self.plan.recipe.true_sequential, _weights(self.skeleton.blocks[index])
         ordinary = [layer for layer in layers if layer.info.expert is None]
@@ -247,8 +245,7 @@ class Pipeline:
             by_name = {layer.info.local: layer for layer in measuring}
             probe = self._measure(index, list(by_name), _needs(measuring), streams, original, range(1))
             parts = [[by_name[name] for name in names] for names in probe.groups()]
-        for group in _groups([layer for layer in ordinary if not layer.needs], None):
-            yield group, None
+        yield from _groups([layer for layer in ordinary if not layer.needs], None)
         with self._expert_inputs(index, layers, streams) as routed:
             if routed and (sequential or not parts):
                 parts.append([])
@@ -257,8 +254,7 @@ class Pipeline:
                 last = list(routed.values()) if part is parts[-1] and scaled is None else None
                 names, samples = [layer.info.local for layer in part], range(len(streams.hidden))
                 measured = self._measure(index, names, _needs(part), streams, original, samples, last)
-                for group in _groups(part, measured):
-                    yield group, measured
+                yield from _groups(part, measured)
             if streams is not None and streams.reference is not None and (scaled is not None or not parts):
                 # With the weights as they were read, which a resumed run has too.
                 with _holding(self.skeleton.blocks[index], original if scaled is None else scaled.original):
@@ -328,8 +324,8 @@ class Pipeline:
                         exact = self._inputs.run(self.skeleton, index, streams.reference[sample].to(self.device))
                     if last is not None:
                         streams.reference[sample] = exact
-                self._inputs.run(self.skeleton, index, streams.hidden[sample].to(self.device))
-                measurement.end_pass()
+                with measurement.one_pass(whole=bool(last)):  # experts come after the last layer
+                    self._inputs.run(self.skeleton, index, streams.hidden[sample].to(self.device))
         return measurement
 
     @property
@@ -463,18 +459,19 @@ def stored_shard(staging: Staging, shard: int) -> dict[str, Tensor]:
     return load_file(staging.path / staging.shard_name(shard))
 
 
-def _groups(layers: Sequence[LayerPlan], measured: Measurement | None) -> list[list[LayerPlan]]:
-    """Layers to solve together: same input, scheme and solver."""
+def _groups(
+    layers: Sequence[LayerPlan], measured: Measurement | None
+) -> Iterator[tuple[list[LayerPlan], LayerStats | None]]:
+    """Layers to solve together: same input, scheme and solver; with the statistics of their input."""
     by_name = {layer.info.local: layer for layer in layers}
     shared = [[name for name in names if name in by_name] for names in measured.groups()] if measured else []
     shared += [[name] for name in by_name if not any(name in names for names in shared)]
-    groups: list[list[LayerPlan]] = []
     for names in shared:
+        stats = measured.inputs.get(names[0]) if measured and names else None
         alike: dict[object, list[LayerPlan]] = {}
         for name in names:
             alike.setdefault((by_name[name].scheme, by_name[name].solver), []).append(by_name[name])
-        groups += alike.values()
-    return groups
+        yield from ((group, stats) for group in alike.values())
 
 
 def _by_experts(layers: Sequence[LayerPlan]) -> dict[str, list[LayerPlan]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,6 @@ from quantkit.solvers import RTN
 from quantkit.stats import LayerStats, Stat
 
 _GATE_UP_LEAVES = ("gate_proj", "up_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertMeasurement:
-    """What one expert's layers saw.
-
-    Attributes:
-        inputs: layer, by its name within the block -> the statistics of its input.
-        output_energy: layer -> Σ y² over all tokens and outputs (float).
-    """
-
-    inputs: dict[str, LayerStats] = field(default_factory=dict)
-    output_energy: dict[str, float] = field(default_factory=dict)
 
 
 class ExpertInputs:
@@ -134,8 +121,8 @@ class ExpertInputs:
 
 def expert_groups(
     layers: Sequence[LayerPlan], inputs: ExpertInputs | None, tokens_per_column: float, sequential: bool = False
-) -> Iterator[tuple[list[LayerPlan], ExpertMeasurement | None]]:
-    """The experts' layers to solve together, each group with what was measured for it.
+) -> Iterator[tuple[list[LayerPlan], LayerStats | None]]:
+    """The experts' layers to solve together, each group with the statistics of its input.
 
     An expert's layer that saw fewer than ``tokens_per_column`` tokens for each of its input columns, or none at all, is
     rounded to nearest instead of being solved; its ``fallback`` says so.
@@ -160,38 +147,36 @@ def expert_groups(
         parts = [kept] if not sequential else [_of(kept, _GATE_UP_LEAVES), _of(kept, (DOWN,))]
         original = inputs.module.get_parameter(GATE_UP)[index].clone() if sequential else None
         for part in parts:
-            measured = _measure(inputs, index, part, original)
+            of_leaf = _measure(inputs, index, part, original)
             for group in _alike(part):
-                yield group, measured
+                yield group, of_leaf[_leaf(group[0])]
 
 
 def _measure(
     inputs: ExpertInputs, index: int, layers: Sequence[LayerPlan], original: Tensor | None
-) -> ExpertMeasurement:
-    """The statistics of these layers of one expert; ``original`` is its gate and up in full precision, if not now's."""
+) -> dict[str, LayerStats]:
+    """Leaf -> the statistics of its input, for these layers of one expert.
+
+    Args:
+        inputs: of all experts.
+        index: of the expert.
+        layers: of the expert.
+        original: its gate and up in full precision, where they are quantized by now.
+    """
     info, module = inputs.info, inputs.module
-    gate_up, down = module.get_parameter(GATE_UP)[index], module.get_parameter(DOWN)[index]
+    gate_up = module.get_parameter(GATE_UP)[index]
     first, last = _of(layers, _GATE_UP_LEAVES), _of(layers, (DOWN,))
     at_first = LayerStats(info.hidden_size, _needs(first), gate_up.device)
     at_last = LayerStats(info.intermediate_size, _needs(last), gate_up.device)
-    energy = dict.fromkeys((*_GATE_UP_LEAVES, DOWN), 0.0)
     gating = gating_of(module)
     for x, reference in inputs.of_expert(index):
         both = functional.linear(x, gate_up)
         at_first.update(x, reference)
-        for leaf, y in zip(_GATE_UP_LEAVES, both.chunk(2, dim=-1), strict=True):
-            energy[leaf] += _squared(y)
         if last:
             inner = gating(both)
             weight = gate_up if original is None else original
             at_last.update(inner, None if reference is None else gating(functional.linear(reference, weight)))
-            energy[DOWN] += _squared(functional.linear(inner, down))
-    measured = ExpertMeasurement()
-    for layer in layers:
-        assert layer.info.expert is not None, "the caller gives layers of experts"
-        measured.inputs[layer.info.local] = at_last if layer in last else at_first
-        measured.output_energy[layer.info.local] = energy[layer.info.expert.leaf]
-    return measured
+    return {**dict.fromkeys(_GATE_UP_LEAVES, at_first), DOWN: at_last}
 
 
 def _or_rounded(layer: LayerPlan, seen: int, tokens_per_column: float) -> LayerPlan:
@@ -212,12 +197,13 @@ def _alike(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
 
 
 def _of(layers: Sequence[LayerPlan], leaves: Sequence[str]) -> list[LayerPlan]:
-    return [layer for layer in layers if layer.info.expert is not None and layer.info.expert.leaf in leaves]
+    return [layer for layer in layers if _leaf(layer) in leaves]
+
+
+def _leaf(layer: LayerPlan) -> str:
+    assert layer.info.expert is not None, "the caller gives layers of experts"
+    return layer.info.expert.leaf
 
 
 def _needs(layers: Sequence[LayerPlan]) -> frozenset[Stat]:
     return frozenset().union(*(layer.solver.needs for layer in layers))
-
-
-def _squared(y: Tensor) -> float:
-    return float(torch.linalg.vector_norm(y, dtype=torch.float32)) ** 2

@@ -15,7 +15,7 @@ from quantkit.plan import LayerPlan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerRecord, decibels
 from quantkit.static_activations import static_scale
-from quantkit.stats import LayerStats
+from quantkit.stats import LayerStats, Stat, output_energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Errors:
         loss: the solver's.
         signal: Σ w².
         error: Σ (w - ŵ)².
-        reference: what the loss is a share of, Σ y² by the solver's measure; None: the signal.
+        reference: what the loss is a share of, see :func:`reference`; None: the signal.
     """
 
     loss: float
@@ -63,14 +63,14 @@ def solved_layer(
         raise CheckpointError(
             message(layer.info.name, "its loss is not finite", "check the model in this dtype, or use --dtype float32")
         )
-    reference = errors.signal if errors.reference is None else errors.reference
+    whole = errors.signal if errors.reference is None else errors.reference
     record = LayerRecord(
         name=layer.info.name,
         method=layer.solver.name,
         scheme=str(layer.scheme),
         shape=(layer.info.out_features, layer.info.in_features),
         loss=errors.loss,
-        relative_error=(errors.loss / reference) ** 0.5 if reference > 0 else None,
+        relative_error=(errors.loss / whole) ** 0.5 if whole > 0 else None,
         sqnr_db=decibels(errors.signal, errors.error),
         num_tokens=tokens,
         seconds=seconds,
@@ -91,11 +91,23 @@ def weight_errors(weight: QuantizedTensor, exact: Tensor) -> tuple[float, float]
     return float(exact.square().sum(dtype=torch.float64)), error
 
 
+def reference(layer: LayerPlan, exact: Tensor, stats: LayerStats | None) -> float | None:
+    """What the loss of these rows is a share of: their outputs' energy by the solver's Hessian; None: it has none.
+
+    Args:
+        layer: says what its solver reads.
+        exact: float32 [out, in].
+        stats: of the layer's input.
+    """
+    if stats is None or Stat.HESSIAN not in layer.solver.needs:
+        return None
+    return output_energy(exact, stats.hessian)
+
+
 def solve_group(
     group: Sequence[LayerPlan],
     weights: Sequence[Tensor],
     stats: LayerStats | None,
-    energies: Sequence[float | None],
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[SolvedLayer]:
@@ -105,7 +117,6 @@ def solve_group(
         group: the layers.
         weights: [out, in] each, any floating-point dtype.
         stats: of their common input.
-        energies: Σ y² of each layer's output over the tokens of ``stats``.
         device: where they are solved.
         dtype: of the scales.
 
@@ -128,11 +139,12 @@ def solve_group(
     counted = stats is not None and bool(first.solver.needs or first.fallback)
     tokens = stats.num_tokens if stats is not None and counted else 0
     solved, row = [], 0
-    for layer, energy in zip(group, energies, strict=True):
+    for layer in group:
         rows = slice(row, row + layer.info.out_features)
         row = rows.stop
         q = whole.rows(rows.start, rows.stop)
-        reference = 2 / tokens * energy if energy is not None and tokens and first.solver.needs else None
-        errors = Errors(float(solution.loss[rows].sum()), *weight_errors(q, stacked[rows]), reference)
+        errors = Errors(
+            float(solution.loss[rows].sum()), *weight_errors(q, stacked[rows]), reference(layer, stacked[rows], stats)
+        )
         solved.append(solved_layer(layer, q, errors, tokens, seconds, solution.notes))
     return solved

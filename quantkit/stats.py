@@ -7,6 +7,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from quantkit.precision import products_in_bfloat16
+
 _TILE = 128  # columns whose outer products are summed at once; the tiles below the diagonal are mirrored, not summed
 
 
@@ -130,9 +132,10 @@ class LayerStats:
         if self._outer is None and self._cross is None:
             return
         self._divide_by(1.0)
-        rows = rows.float()
+        exact, rows = products_in_bfloat16(rows), rows.float()
         if self._outer is not None:
-            add_outer(self._outer, rows)
+            with exact:
+                add_outer(self._outer, rows)
             self._mirrored = False
         if self._cross is not None:
             if reference is None:
@@ -170,6 +173,23 @@ def add_outer(outer: Tensor, rows: Tensor) -> None:
     """
     for start in range(0, outer.shape[0], _TILE):
         outer[start : start + _TILE, start:].addmm_(rows[:, start : start + _TILE].T, rows[:, start:])
+
+
+def output_energy(weight: Tensor, hessian: Tensor) -> float:
+    """tr(W H Wᵀ): with H = 2/n Σ x xᵀ that is 2/n Σ ‖W x‖², summed from the triangle above H's diagonal.
+
+    Args:
+        weight: float [out, in].
+        hessian: float [in, in], symmetric.
+    """
+    total = 0.0
+    for start in range(0, hessian.shape[0], _TILE):
+        stop = min(start + _TILE, hessian.shape[0])
+        own, following = weight[:, start:stop], weight[:, stop:]
+        half = (own @ hessian[start:stop, start:stop]).mul_(0.5)
+        half.addmm_(following, hessian[start:stop, stop:].T)
+        total += 2 * float(half.mul_(own).sum(dtype=torch.float64))
+    return total
 
 
 def mirror(outer: Tensor) -> None:

@@ -20,7 +20,18 @@ PACKAGE = Path(quantkit.__file__).parent
 # subpackage (solvers, formats, kernels) are one entry, and may import each other.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("scheme", "arch", "allocate", "builtin_text", "documents", "heap", "experts", "patterns", "strict_json"),
+    (
+        "scheme",
+        "arch",
+        "allocate",
+        "builtin_text",
+        "documents",
+        "heap",
+        "experts",
+        "patterns",
+        "precision",
+        "strict_json",
+    ),
     ("qtensor", "stats", "text", "safetensors_header"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),

@@ -133,7 +133,7 @@ def test_true_sequential_equals_whole_model(
     prepared = prepare(tiny(family), tmp_path / "out", recipe={**RECIPE, "true_sequential": True}, tokens=tokens)
     calls: Counter[int] = Counter()
     for index, block in enumerate(prepared.plan.skeleton.blocks):
-        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+        block.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
     execute(prepared)
     assert_solved(tmp_path / "out", expected)
     assert prepared.plan.forward_passes == len(SEQUENTIAL[family]) + 1
@@ -170,7 +170,7 @@ def test_two_passes_a_block(tiny: Callable[[str], Path], tokens: list[Tensor], t
     prepared = prepare(tiny("gemma3_text"), tmp_path / "out", recipe=RECIPE, tokens=tokens)
     calls: Counter[int] = Counter()
     for index, block in enumerate(prepared.plan.skeleton.blocks):
-        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
+        block.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
     execute(prepared)
     assert calls == {0: 2 * len(tokens), 1: 2 * len(tokens), 2: len(tokens)}
 
@@ -178,7 +178,7 @@ def test_two_passes_a_block(tiny: Callable[[str], Path], tokens: list[Tensor], t
 def test_rtn_runs_no_block(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     prepared = prepare(tiny("llama"), tmp_path / "out", recipe={"scheme": "w4a16_g32", "method": "rtn"})
     for block in prepared.plan.skeleton.blocks:
-        block.register_forward_hook(lambda *_: pytest.fail("RTN ran a block"))
+        block.register_forward_pre_hook(lambda *_: pytest.fail("RTN ran a block"))
     execute(prepared)
 
 
@@ -188,7 +188,7 @@ def test_parameters_are_freed(tiny: Callable[[str], Path], tokens: list[Tensor],
     blocks = prepared.plan.skeleton.blocks
     held = []
     for block in blocks:
-        block.register_forward_hook(
+        block.register_forward_pre_hook(
             lambda *_: held.append(sum(not all(p.is_meta for p in b.parameters()) for b in blocks))
         )
     execute(prepared)

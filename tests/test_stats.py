@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit.stats import LayerStats, Stat
+from quantkit.stats import LayerStats, Stat, output_energy
 
 HESSIAN = frozenset({Stat.HESSIAN})
 CPU = torch.device("cpu")
@@ -199,3 +199,24 @@ def test_rescaled_statistics_are_those_of_the_scaled_input(read_before: bool) ->
     assert torch.equal(stats.hessian, stats.hessian.T)
     for name in ("hessian", "drift", "abs_max", "abs_mean"):
         torch.testing.assert_close(getattr(stats, name), getattr(scaled, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_hessian_of_half_precision_inputs_is_as_exact_as_of_float32_ones(dtype: torch.dtype) -> None:
+    """Means far from zero, as activations have them: an input rounded once more would show."""
+    x = (inputs(5, 300, 200) + 3).to(dtype)
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    stats = LayerStats(200, HESSIAN, CPU)
+    stats.update(x)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+    wanted = 2 / 300 * x.double().T @ x.double()
+    assert float((stats.hessian - wanted).abs().max() / wanted.abs().max()) < 4e-6
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(3, 5), (7, 128), (40, 300)])
+def test_output_energy_is_that_of_the_outputs(out_features: int, in_features: int) -> None:
+    x, weight = inputs(1, 50, in_features), inputs(2, out_features, in_features)
+    stats = LayerStats(in_features, HESSIAN, CPU)
+    stats.update(x)
+    y = x.double() @ weight.double().T
+    assert output_energy(weight, stats.hessian) == pytest.approx(2 / 50 * float(y.square().sum()), rel=1e-5)

@@ -188,7 +188,7 @@ def test_statistics_are_rescaled_in_place_of_another_pass(
         def count(*_: object, index: int = index) -> None:
             calls[index] += 1
 
-        block.register_forward_hook(count)
+        block.register_forward_pre_hook(count)
     report = execute(prepared).report
     assert calls == [2 * len(tokens), 2 * len(tokens), len(tokens)]
     # The loss of a layer is the same function of its outputs as in a run without transforms: their energy is unchanged.

@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with int64 tokens [samples, length]")
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
-    parser.add_argument(
-        "--recipe", choices=("gptq", "gptq-mse", "gptq-act-order", "gptaq", "gptq-plain"), required=True
-    )
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     model_path, args.tokens, args.output = Path(args.model).resolve(), args.tokens.resolve(), args.output.resolve()
