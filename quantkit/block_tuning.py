@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from quantkit.activations import Activations
 from quantkit.arch import is_linear
 from quantkit.capture import BlockInputs
+from quantkit.digest import digest
 from quantkit.plan import LayerPlan, Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, LayerRecord, decibels
 from quantkit.solvers import AutoRound
 from quantkit.solving import SolvedLayer, weight_errors
-from quantkit.tuning import BlockRun, BlockTuning, Tuned, digest, held_out_count, round_block, tune_block
+from quantkit.tuning import BlockRun, BlockTuning, Tuned, held_out_count, round_block, tune_block
 
 Place = Callable[[str, QuantizedTensor], None]
 """(layer within the block, weight): put it into the block's module."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantkit.digest import tensor_bytes
 from quantkit.scheme import QuantScheme
 
 
@@ -79,7 +80,7 @@ class QuantizedTensor:
         sha = hashlib.sha256(f"{self.scheme} {list(self.codes.shape)} {self.scale.dtype}".encode())
         for part in (self.codes, self.scale, self.zero_point, self.g_idx):
             if part is not None:
-                sha.update(part.flatten().contiguous().cpu().view(torch.uint8).numpy().data)
+                sha.update(tensor_bytes(part))
         if self.act_scale is not None:
             sha.update(struct.pack("<f", self.act_scale))
         return sha.hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.calibration import CalibrationSet, calibration_samples, from_tokens
 from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_index, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
-from quantkit.heap import map_large_blocks
+from quantkit.heap import map_large_blocks, trim
 from quantkit.pipeline import Pipeline
 from quantkit.plan import Plan, check_disk, check_memory, make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe, merged
@@ -257,6 +257,7 @@ def calibrate(plan: Plan, observer: Observer) -> CalibrationSet:
     spec = plan.recipe.calibration
     observer(Note(f"calibration: {spec.num_samples} x {spec.sequence_length} tokens of {spec.source}"))
     data = calibration_samples(spec, open_tokenizer(plan.checkpoint.path), vocab_size=_vocab_size(plan))
+    trim()  # of the text, its tokens and the tokenizer nothing but the samples is left
     for note in data.notes:
         observer(Note(note))
     return data

@@ -20,7 +20,6 @@ nothing was better.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -513,8 +512,3 @@ def shuffled(samples: Sequence[int], length: int, generator: torch.Generator) ->
     while len(order) < length:
         order += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
     return order[:length]
-
-
-def digest(vector: Tensor) -> str:
-    """sha256 of a vector's bytes."""
-    return hashlib.sha256(vector.contiguous().cpu().view(torch.uint8).numpy().data).hexdigest()

@@ -142,7 +142,8 @@ class _Gated(nn.Module):
         if float(x.sum()) > 0:
             y = y + self.expert(x + 1)
         self.ended[-1] = True
-        return y + self.tail(y)
+        tail: Tensor = self.tail(y)
+        return tail
 
 
 def test_passes_end_where_nothing_more_is_measured() -> None:

@@ -25,6 +25,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "arch",
         "allocate",
         "builtin_text",
+        "digest",
         "documents",
         "heap",
         "experts",
