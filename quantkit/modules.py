@@ -148,8 +148,8 @@ def _groups(
     with _evaluating(module), probe.hooked():
         for batch in data:
             empty = False
-            run(module, batch)
-            probe.end_pass()
+            with probe.one_pass():
+                run(module, batch)
             if len(probe.inputs) == len(layers):
                 break
     if empty:
@@ -176,16 +176,13 @@ def _solve(
     if needs:
         with _evaluating(module), measured.hooked():
             for batch in data:
-                run(module, batch)
-                measured.end_pass()
+                with measured.one_pass():
+                    run(module, batch)
     first = next(iter(dense))
     weights = [dense_weight(linear) for linear in dense.values()]
     dtype = torch.float32 if weights[0].dtype == torch.float64 else weights[0].dtype
-    energies = [measured.output_energy[name] if needs else None for name in layers]
     try:
-        solved = solve_group(
-            list(layers.values()), weights, measured.inputs.get(first), energies, weights[0].device, dtype
-        )
+        solved = solve_group(list(layers.values()), weights, measured.inputs.get(first), weights[0].device, dtype)
     except SchemeError as error:
         raise SchemeError(f"{', '.join(layers)}: {error}") from error
     for linear, result in zip(dense.values(), solved, strict=True):
