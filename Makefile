@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEER := .venv-peer
 OUT := out
 
-.PHONY: demo test setup lint test-slow test-peer setup-peer test-peer-vllm builtin-model clean
+.PHONY: demo test setup lint test-slow fuzz test-peer setup-peer test-peer-vllm builtin-model clean
 
 # torch first and by its exact version: where a CPU build lies on the disk, pip takes that and no CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Broken model directories, new ones each time, for FUZZ_SECONDS (300) seconds.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz tests/fuzz
 
 # Real clients, in an environment of their own.
 $(PEER)/.ready: pyproject.toml constraints.txt

@@ -59,5 +59,6 @@ class InterruptedRunError(QuantkitError, RuntimeError):
 
 
 def message(where: str, what: str, fix: str) -> str:
-    """One line for the user: ``where: what; fix``."""
-    return " ".join(f"{where}: {what}; {fix}".split())
+    """One line for the user: ``where: what; fix``; characters that would move the cursor are written out."""
+    line = " ".join(f"{where}: {what}; {fix}".split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

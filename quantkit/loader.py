@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from quantkit.checkpoint import Checkpoint
@@ -13,9 +14,9 @@ from quantkit.errors import CheckpointError, message
 from quantkit.experts import SplitExperts
 from quantkit.formats import CheckpointFormat, format_of
 from quantkit.linear import QuantLinear
-from quantkit.model_config import open_config
+from quantkit.model_config import CONFIG_ERRORS, open_config
 from quantkit.scheme import QuantScheme
-from quantkit.skeleton import LinearInfo, Skeleton, assign, open_skeleton
+from quantkit.skeleton import LinearInfo, Skeleton, assign, check_complete, open_skeleton
 from quantkit.source import resolve_device, resolve_dtype, resolve_model
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def load(
     compute = resolve_dtype(dtype, checkpoint.float_dtype)
     config = checkpoint.config.get("quantization_config")
     if config is None:
+        check_complete(open_skeleton(checkpoint, compute), checkpoint)
         return _load_dense(path, placed, compute)
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -72,7 +74,7 @@ def _load_dense(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrai
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, *CONFIG_ERRORS) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             message(str(path), f"transformers cannot open it ({reason})", "repair or re-download it")
@@ -159,7 +161,11 @@ def _finished(model: PreTrainedModel, path: Path, device: torch.device) -> PreTr
             message(str(path), f"{len(lost)} tensors are missing, such as {lost[0]}", "re-download the checkpoint")
         )
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, *CONFIG_ERRORS) as error:
+            where = f"{path}/generation_config.json"
+            raise CheckpointError(message(where, f"cannot be read ({error})", "repair or remove it")) from error
     model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     return model
 

@@ -38,7 +38,11 @@ def open_config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    _check_no_hub_code(path, read_json(path / CONFIG, missing="a model directory holds config.json"))
+    stated = read_json(path / CONFIG, missing="a model directory holds config.json")
+    _check_no_hub_code(path, stated)
+    wanted = stated.get("architectures") or []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise CheckpointError(message(str(path / CONFIG), "architectures is not a list of names", "repair it"))
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (*CONFIG_ERRORS, OSError, ImportError, StrictDataclassError) as error:
@@ -50,10 +54,9 @@ def open_config(path: Path) -> PretrainedConfig:
                 "only families that transformers knows without remote code are run",
             )
         ) from error
-    wanted = list(config.architectures or [])
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (wanted and not causal.intersection(wanted)):
-        what = ", ".join(wanted) or f"model_type {config.model_type}"
+        what = ascii(", ".join(wanted)[:80] or f"model_type {config.model_type}").strip("'")
         raise CheckpointError(
             message(str(path), f"is not a causal language model ({what})", "give a model of a *ForCausalLM class")
         )

@@ -80,8 +80,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(message(str(path), f"cannot be read ({error})", "check its permissions")) from error
     header = parse_object(f"{path}: its header", data)
-    if not isinstance(header.pop(_METADATA, {}), dict):
-        raise _broken(path, f"{_METADATA} is not an object")
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, f"{_METADATA} is not an object of texts")
     found: dict[str, TensorInfo] = {}
     places: list[tuple[int, int, str]] = []
     for name, entry in header.items():

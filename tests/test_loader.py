@@ -154,3 +154,12 @@ def test_missing_quantized_layer(quantized: Path) -> None:
     (quantized / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(quantkit.CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight_packed: is missing"):
         quantkit.load(quantized)
+
+
+def test_a_dense_model_without_a_tensor_is_not_filled_with_noise(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny("llama"), tmp_path / "m"))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(quantkit.QuantkitError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        quantkit.load(path)

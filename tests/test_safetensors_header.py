@@ -61,6 +61,7 @@ BROKEN: dict[str, tuple[object, bytes, str]] = {
     "a name that moves the cursor": ({"a\x1b[2J": entry()}, bytes(8), r"a\\x1b"),
     "a long name": ({"a" * 5000: entry()}, bytes(8), "name"),
     "metadata of another kind": ({"__metadata__": [], "a": entry()}, bytes(8), "__metadata__"),
+    "metadata of numbers": ({"__metadata__": {"format": 1}, "a": entry()}, bytes(8), "__metadata__"),
     "a tensor twice": (b'{"a": {"dtype": "F32"}, "a": {"dtype": "F16"}}', b"", "'a' stands twice"),
     "a shape twice": (b'{"a": {"shape": [1], "shape": [2]}}', b"", "'shape' stands twice"),
     "nested deeply": (b'{"a":' * 20_000 + b"1" + b"}" * 20_000, b"", "not readable JSON"),
