@@ -16,6 +16,8 @@ from quantkit.source import BUILTIN_PATH
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that tests start sum in the same order
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any import of triton: its kernels run on the CPU, in Python
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from quantkit.kernels.cpu import CpuBackend
 from quantkit.kernels.int8 import CpuInt8Backend, CudaInt8Backend
 from quantkit.kernels.reference import ReferenceBackend
 from quantkit.kernels.simulated import SimulatedBackend
+from quantkit.kernels.triton_backend import TritonBackend
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +19,7 @@ __all__ = [
     "LinearSpec",
     "ReferenceBackend",
     "SimulatedBackend",
+    "TritonBackend",
     "choose_backend",
 ]
 
@@ -25,6 +27,7 @@ BACKENDS: tuple[KernelBackend, ...] = (
     CpuBackend(),
     CpuInt8Backend(),
     CudaInt8Backend(),
+    TritonBackend(),
     ReferenceBackend(),
     SimulatedBackend(),
 )

@@ -29,7 +29,7 @@ def test_by_name() -> None:
     with pytest.raises(KernelError, match=r"float32.*cpu refuses activations of torch.float32.*slow"):
         choose_backend(spec(torch.float32), "cpu")
     with pytest.raises(
-        KernelError, match="no backend 'marlin'; choose one of cpu, cpu_int8, cuda_int8, reference, simulated"
+        KernelError, match="no backend 'marlin'; choose one of cpu, cpu_int8, cuda_int8, triton, reference, simulated"
     ):
         choose_backend(spec(), "marlin")
 
