@@ -1,8 +1,8 @@
 """Which tile of the Triton kernels a product gets: from sizes and the machine alone, by what machine code showed.
 
 Chosen with `python -m quantkit.kernels.inspect`: two warps (on compute capability 9.0 four would select warp-group
-products, which cost more at few rows of x); 32 rows of words, 64 of W8, whose scales would else be copied two bytes at a
-time; 128 columns a trip, so that a row of words is two full cache lines.
+products, which cost more at few rows of x); 32 rows of words, 64 of W8, whose scales would else be copied two bytes at
+a time; 128 columns a trip, so that a row of words is two full cache lines.
 """
 
 from __future__ import annotations
