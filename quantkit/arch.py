@@ -19,6 +19,9 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
 )
 
+# What vLLM calls the matrix that it fuses of several, and transformers in families that have it fused.
+_FUSED_NAMES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "q_a_proj": "fused_qkv_a_proj"}
+
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -69,6 +72,12 @@ def input_group(name: str) -> str:
     """A layer's name for all layers that are known to read its input: ``….q_proj`` for ``….k_proj``."""
     stem, _, leaf = name.rpartition(".")
     return next((f"{stem}.{group[0]}" for group in FUSED_GROUPS if leaf in group), name)
+
+
+def fused_names(name: str) -> tuple[str, ...]:
+    """The name of the matrix that engines fuse a layer into: ``….qkv_proj`` for ``….k_proj``; none for most layers."""
+    stem, _, leaf = name.rpartition(".")
+    return tuple(f"{stem}.{_FUSED_NAMES[group[0]]}" for group in FUSED_GROUPS if leaf in group)
 
 
 def unequal_fused(schemes: dict[str, object]) -> list[str]:

@@ -26,6 +26,8 @@ from quantkit.strict_json import read_json
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Where AutoGPTQ and AutoAWQ wrote what is now in config.json, and AutoRound and GPTQModel write it besides.
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TAIL_BYTES = 2**20
 _CHECKED_AT_ONCE = 2**20  # values
@@ -102,6 +104,29 @@ class Checkpoint:
         common = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
         return torch.float32 if common == torch.float64 else common
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The ``quantization_config``: of config.json, or of the file that older programs wrote; None: it is dense.
+
+        Raises:
+            CheckpointError: not an object, or unreadable.
+        """
+        if self.config.get("quantization_config") is not None:
+            config = self.config["quantization_config"]
+            if not isinstance(config, dict):
+                where = f"{self.path}/{CONFIG}: quantization_config"
+                raise CheckpointError(message(where, "is not an object", "repair config.json"))
+            return config
+        if not any(name.endswith(".qweight") for name in self.tensors):
+            return None
+        there = next((name for name in QUANTIZATION_FILES if (self.path / name).is_file()), None)
+        if there is None:
+            what = "no quantization_config, and quantized weights (qweight) in its files"
+            raise CheckpointError(
+                message(str(self.path / CONFIG), what, f"add it, or {' or '.join(QUANTIZATION_FILES[:2])}")
+            )
+        return read_json(self.path / there, missing="")
+
     def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """Read these tensors into memory of their own (no mapped pages stay behind).
 
@@ -145,8 +170,8 @@ class Checkpoint:
         return sha.hexdigest()
 
     def other_files(self) -> tuple[Path, ...]:
-        """Small files to carry along: all but the weights, their index and the config; no directories, no pickles."""
-        skipped = {CONFIG, INDEX, *self.files}
+        """Small files to carry along: all but the weights, their index and the configs; no directories, no pickles."""
+        skipped = {CONFIG, INDEX, *QUANTIZATION_FILES, *self.files}
         pickles = {p.name for pattern in _PICKLES for p in self.path.glob(pattern)}
         return tuple(
             p
@@ -266,7 +291,7 @@ def _check_links(path: Path) -> None:
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
     weight_map = _weight_map(path)
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]:
+    for file in sorted(set(weight_map.values())) if weight_map is not None else [_single_file(path)]:
         for name, info in read_header(path / file).items():
             if name in tensors:
                 raise CheckpointError(
@@ -292,7 +317,7 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 def _weight_map(path: Path) -> dict[str, str] | None:
     """The index's weight map, its file names checked; None for a single file."""
     if not (path / INDEX).is_file():
-        if (path / SINGLE).is_file():
+        if (path / _single_file(path)).is_file():
             return None
         pickled = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
         what = (
@@ -316,6 +341,12 @@ def _weight_map(path: Path) -> dict[str, str] | None:
                 )
             )
     return weight_map
+
+
+def _single_file(path: Path) -> str:
+    """The file of a model in one file: AutoGPTQ called it ``gptq_model-4bit-128g.safetensors`` and the like."""
+    others = [p.name for p in path.glob("gptq_model*.safetensors")]
+    return others[0] if len(others) == 1 and not (path / SINGLE).is_file() else SINGLE
 
 
 def _opened(path: Path) -> Any:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, message
 from quantkit.experts import SplitExperts
-from quantkit.formats import CheckpointFormat, format_of
+from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
 from quantkit.model_config import CONFIG_ERRORS, open_config
-from quantkit.scheme import QuantScheme
-from quantkit.skeleton import LinearInfo, Skeleton, assign, check_complete, open_skeleton
+from quantkit.skeleton import Skeleton, assign, check_complete, open_skeleton
 from quantkit.source import resolve_device, resolve_dtype, resolve_model
+from quantkit.stored import StoredLayers, stored_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,22 +46,17 @@ def load(
     checkpoint = Checkpoint(path)
     placed = resolve_device(device)
     compute = resolve_dtype(dtype, checkpoint.float_dtype)
-    config = checkpoint.config.get("quantization_config")
+    config = checkpoint.quantization
     if config is None:
         check_complete(open_skeleton(checkpoint, compute), checkpoint)
         return _load_dense(path, placed, compute)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            message(f"{path}/config.json: quantization_config", "is not an object", "repair config.json")
-        )
     fmt = format_of(config)
     skeleton = open_skeleton(checkpoint, compute)
     checkpoint = skeleton.checkpoint
     for info in skeleton.experts:
         stacked = skeleton.model.get_submodule(info.name)
         _set_module(skeleton.model, info.name, SplitExperts(stacked, info, compute))
-    schemes = fmt.read_config(config, tuple(info.name for info in skeleton.linears))
-    taken = _put_quantized(skeleton, checkpoint, fmt, schemes, placed, compute, backend)
+    taken = _put_quantized(skeleton, stored_layers(skeleton, fmt, config), placed, compute, backend)
     _put_dense(skeleton, checkpoint, taken, placed, compute)
     return _finished(skeleton.model, path, placed)
 
@@ -84,52 +79,20 @@ def _load_dense(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrai
 
 
 def _put_quantized(
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
-    fmt: CheckpointFormat,
-    schemes: dict[str, QuantScheme],
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str | None,
+    skeleton: Skeleton, stored: StoredLayers, device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> set[str]:
     """Replace every quantized linear by a QuantLinear; returns the disk names of the tensors used."""
-    members: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        members.setdefault(name.rpartition(".")[0], []).append(name)
     taken: set[str] = set()
     for info in skeleton.linears:
-        scheme = schemes.get(info.name)
-        if scheme is None or _is_dense(info, checkpoint):
+        if info.name not in stored.schemes:
             continue
-        reason = scheme.why_not(info.in_features)
-        if reason is not None:
-            raise CheckpointError(f"{info.name}: {reason}")
-        tensors = {n.rpartition(".")[2]: t for n, t in checkpoint.read(members.get(info.stem, [])).items()}
-        q = fmt.decode(info.name, tensors, scheme, (info.out_features, info.in_features))
-        bias = tensors.get("bias")
+        q, bias = stored.read(info)
         layer = QuantLinear.from_quantized(
-            q,
-            None if bias is None else _checked_bias(info, bias).to(dtype),
-            dtype=dtype,
-            device=device,
-            backend=backend,
+            q, None if bias is None else bias.to(dtype), dtype=dtype, device=device, backend=backend
         )
         _set_module(skeleton.model, info.name, layer)
-        taken.update(members.get(info.stem, []))
+        taken.update(stored.names(info))
     return taken
-
-
-def _is_dense(info: LinearInfo, checkpoint: Checkpoint) -> bool:
-    """A layer that the config's targets cover but that is on disk as it was: a tied head, which has no tensor."""
-    return info.tied and not any(name.startswith(f"{info.stem}.weight_") for name in checkpoint.tensors)
-
-
-def _checked_bias(info: LinearInfo, bias: Tensor) -> Tensor:
-    if list(bias.shape) != [info.out_features]:
-        raise CheckpointError(
-            message(f"{info.stem}.bias", f"is {list(bias.shape)}", f"the layer has {info.out_features} outputs")
-        )
-    return bias
 
 
 def _put_dense(

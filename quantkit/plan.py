@@ -184,6 +184,12 @@ class Plan:
         untied = {"tie_word_embeddings": False} if self.unties_head else {}
         return {**self.checkpoint.config, **untied}
 
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """The output's ``quantization_config``."""
+        reordered = any(layer.solver.writes_g_idx for layer in self.layers)
+        return self.format.write_config(self.targets, self.ignored, reordered=reordered)
+
     def weight_tensor(self, layer: LayerPlan) -> str:
         """The tensor that holds a layer's weight: of a tied head the embedding's, unless rotating made it its own."""
         if not layer.info.tied or self.rotates_stream:
@@ -420,9 +426,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         RecipeError: rules that match nothing, or that leave nothing to quantize, or ask for what is not possible.
         SchemeError: group sizes that do not divide, with every offending layer and the legal sizes.
     """
-    if checkpoint.config.get("quantization_config") is not None:
-        method = checkpoint.config["quantization_config"]
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+    quantization = checkpoint.quantization
+    if quantization is not None:
+        kind = quantization.get("quant_method", "unknown")
         raise CheckpointError(
             message(str(checkpoint.path), f"is already quantized ({kind})", "give the original full-precision model")
         )
@@ -441,6 +447,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     structure = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
     notes = _notes(skeleton, fmt, dtype, layers)
     plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structure)
+    _check_config(plan)
     _check_share(plan)
     _check_tunings(plan)
     return replace(plan, notes=(*notes, *_transform_notes(plan)))
@@ -670,7 +677,7 @@ def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None
 
 def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
     for layer in layers:
-        reason = fmt.why_not(layer.scheme)
+        reason = fmt.why_not(layer.scheme, (layer.info.out_features, layer.info.in_features))
         if reason is not None:
             raise SchemeError(message(layer.info.name, f"format {fmt.name} cannot hold {layer.scheme}", reason))
         if layer.solver.writes_g_idx and not fmt.holds_g_idx:
@@ -678,9 +685,14 @@ def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
                 message(
                     layer.info.name,
                     f"format {fmt.name} does not hold the reordered groups of act_order: group",
-                    "use act_order: static, which needs none",
+                    "use act_order: static, which needs none, or format gptq",
                 )
             )
+
+
+def _check_config(plan: Plan) -> None:
+    """Schemes that cannot stand in one config are refused before any work."""
+    _ = plan.quantization
 
 
 def _check_share(plan: Plan) -> None:

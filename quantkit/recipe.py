@@ -154,7 +154,7 @@ class Recipe(_Strict):
     rules: tuple[Rule, ...] = ()
     calibration: CalibrationSpec = CalibrationSpec()
     true_sequential: bool = False
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq"] = "compressed-tensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     expert_tokens_per_column: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     activation_memory: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * 2**30

@@ -317,8 +317,9 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
             weight_map[tensor] = name
             total += info.nbytes
     write_index(path, weight_map, total)
-    quantization = plan.format.write_config(plan.targets, plan.ignored)
-    write_json(path / CONFIG, {**plan.config, "quantization_config": quantization})
+    write_json(path / CONFIG, {**plan.config, "quantization_config": plan.quantization})
+    for name, value in plan.format.config_files(plan.quantization).items():
+        write_json(path / name, value)
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"
     write_bytes(path / RECIPE, plan.recipe.to_yaml(heading).encode())

@@ -26,6 +26,7 @@ from quantkit.experts import (
     slot_on_disk,
     why_not_experts,
 )
+from quantkit.formats import FORMATS, codes_of
 from quantkit.model_config import CONFIG_ERRORS, check_numbers, open_config
 
 if TYPE_CHECKING:
@@ -291,7 +292,11 @@ def _renamer(model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[E
     stacks = {f"{info.name}.{parameter}": info for info in experts for parameter in (GATE_UP, DOWN)}
     leaves = {info.name: disk_leaves(info, converters) or {} for info in experts}
     # A quantized layer's tensors follow the names of the weight that they stand for.
-    stems = {name: name.rsplit(".", 1)[0] + ".weight" for name in checkpoint.tensors if ".weight_" in name}
+    stems = {
+        name: name.rsplit(".", 1)[0] + ".weight"
+        for name in checkpoint.tensors
+        if any(codes in checkpoint.tensors for codes in codes_of(name))
+    }
     renamed = {}
     for disk in checkpoint.tensors:
         dense = stems.get(disk, disk)
@@ -377,8 +382,7 @@ def _place(name: str, block_path: str, renamed: Mapping[str, str]) -> tuple[str,
     """A layer's name within its block, its name on disk, and its block."""
     inside = name.startswith(f"{block_path}.")
     block = int(name[len(block_path) + 1 :].split(".", 1)[0]) if inside else None
-    disk = next(
-        (renamed[f"{name}.{leaf}"] for leaf in ("weight", "weight_packed") if f"{name}.{leaf}" in renamed), None
-    )
+    leaves = ("weight", *(fmt.tensors[0] for fmt in FORMATS))
+    disk = next((renamed[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in renamed), None)
     stem = disk.rsplit(".", 1)[0] if disk is not None else name
     return name.removeprefix(f"{block_path}.{block}."), stem, block

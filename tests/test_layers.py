@@ -41,6 +41,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("recipe", "model_config", "staging"),
     ("skeleton",),
+    ("stored",),
     ("capture", "plan", "loader", "transformers"),
     ("solving",),
     ("modules",),

@@ -129,7 +129,7 @@ def test_refusals(quantized: Path) -> None:
     ("change", "text"),
     [
         (lambda c: c.update(quantization_config="x"), "is not an object"),
-        (lambda c: c["quantization_config"].update(quant_method="gptq"), "quant_method 'gptq' is not read"),
+        (lambda c: c["quantization_config"].update(quant_method="quark"), "quant_method 'quark' is not read"),
         (lambda c: c["quantization_config"].pop("config_groups"), "config_groups"),
         (
             lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=7),

@@ -44,7 +44,9 @@ def quantize(
         int | None, typer.Option(help="Tokens a sample.  [default: 2048, or the model's limit if shorter]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw of the samples.  [default: 0]")] = None,
-    format: Annotated[str | None, typer.Option(help="compressed-tensors.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="compressed-tensors, gptq, gptq_v2 or awq.  [default: compressed-tensors]")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: auto, the model's own]")

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.errors import CheckpointError, message
+from quantkit.formats.awq import AWQCheckpoint
 from quantkit.formats.base import CheckpointFormat
 from quantkit.formats.compressed_tensors import CompressedTensors
+from quantkit.formats.gptq import GPTQCheckpoint, GPTQv2Checkpoint
 
-FORMATS: tuple[CheckpointFormat, ...] = (CompressedTensors(),)
+FORMATS: tuple[CheckpointFormat, ...] = (CompressedTensors(), GPTQCheckpoint(), GPTQv2Checkpoint(), AWQCheckpoint())
 
 
 def format_named(name: str) -> CheckpointFormat:
@@ -36,4 +38,23 @@ def format_of(config: Mapping[str, Any]) -> CheckpointFormat:
     )
 
 
-__all__ = ["FORMATS", "CheckpointFormat", "CompressedTensors", "format_named", "format_of"]
+def codes_of(tensor: str) -> tuple[str, ...]:
+    """The names under which the codes may lie of a layer that has this tensor; none for names of no format.
+
+    ``a.qzeros`` belongs to ``a.qweight``, ``a.weight_scale`` to ``a.weight_packed`` or ``a.weight``.
+    """
+    stem, _, leaf = tensor.rpartition(".")
+    return tuple(f"{stem}.{name}" for f in FORMATS if leaf in f.tensors for name in (f.tensors[0], "weight"))
+
+
+__all__ = [
+    "FORMATS",
+    "AWQCheckpoint",
+    "CheckpointFormat",
+    "CompressedTensors",
+    "GPTQCheckpoint",
+    "GPTQv2Checkpoint",
+    "codes_of",
+    "format_named",
+    "format_of",
+]

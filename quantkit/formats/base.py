@@ -17,9 +17,13 @@ class CheckpointFormat(Protocol):
     name: ClassVar[str]
     holds_g_idx: ClassVar[bool]
     """Whether it stores reordered groups (``QuantizedTensor.g_idx``)."""
+    tensors: ClassVar[tuple[str, ...]]
+    """What it stores for a layer besides the bias; codes are under the first, or under ``weight``."""
+    config_names_layers: ClassVar[bool]
+    """Whether the config alone says which layers are quantized; otherwise it is those whose codes are there."""
 
-    def why_not(self, scheme: QuantScheme) -> str | None:
-        """Why the format cannot hold this scheme; None when it can."""
+    def why_not(self, scheme: QuantScheme, shape: tuple[int, int] | None = None) -> str | None:
+        """Why the format cannot hold this scheme, or not for a layer of (out_features, in_features); None: it can."""
         ...
 
     def encode(self, q: QuantizedTensor) -> dict[str, Tensor]:
@@ -42,8 +46,23 @@ class CheckpointFormat(Protocol):
         """
         ...
 
-    def write_config(self, schemes: Mapping[str, QuantScheme], skipped: tuple[str, ...]) -> dict[str, Any]:
-        """The ``quantization_config`` for quantized modules (name -> scheme) and linear modules left as they are."""
+    def write_config(
+        self, schemes: Mapping[str, QuantScheme], skipped: tuple[str, ...], *, reordered: bool = False
+    ) -> dict[str, Any]:
+        """The ``quantization_config``.
+
+        Args:
+            schemes: of every quantized module by its names, or by ``re:`` patterns.
+            skipped: linear modules left as they are.
+            reordered: whether some layer may have a g_idx.
+
+        Raises:
+            SchemeError: schemes that cannot stand in one checkpoint.
+        """
+        ...
+
+    def config_files(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """JSON files to write beside config.json, for readers that look for the ``quantization_config`` there."""
         ...
 
     def reads(self, config: Mapping[str, Any]) -> bool:

@@ -14,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from quantkit.arch import fused_names
 from quantkit.errors import CheckpointError, SchemeError, message
+from quantkit.formats.checks import FLOATS, check_scale, check_tensor
 from quantkit.packing import pack, packed_words, unpack
 from quantkit.patterns import Patterns, Targets
 from quantkit.qtensor import QuantizedTensor
@@ -25,7 +27,6 @@ _WHERE = "config.json: quantization_config"
 _IN_BLOCK = re.compile(r"\.\d+\.")  # the module names of decoder blocks hold their index
 _INT8_BITS = 8
 _PACKED, _INT8, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _Weights(BaseModel):
@@ -84,8 +85,18 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed-tensors"
     holds_g_idx: ClassVar[bool] = False  # the format has weight_g_idx, but its current readers refuse it
+    tensors: ClassVar[tuple[str, ...]] = (
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_g_idx",
+        "input_scale",
+        "input_zero_point",
+    )
+    config_names_layers: ClassVar[bool] = True
 
-    def why_not(self, scheme: QuantScheme) -> str | None:
+    def why_not(self, scheme: QuantScheme, shape: tuple[int, int] | None = None) -> str | None:  # noqa: ARG002
         """See :class:`quantkit.formats.base.CheckpointFormat`; every weight-only scheme, and W8A8 per channel."""
         if scheme.act_bits is None or (scheme.bits == _INT8_BITS and scheme.group_size is None):
             return None
@@ -113,7 +124,13 @@ class CompressedTensors:
             raise CheckpointError(f"{where}: {reason}")
         return (_decode_packed if scheme.act_bits is None else _decode_int8)(where, tensors, scheme, shape)
 
-    def write_config(self, schemes: Mapping[str, QuantScheme], skipped: tuple[str, ...]) -> dict[str, Any]:
+    def write_config(
+        self,
+        schemes: Mapping[str, QuantScheme],
+        skipped: tuple[str, ...],
+        *,
+        reordered: bool = False,  # noqa: ARG002 - encode refuses it
+    ) -> dict[str, Any]:
         """See :class:`quantkit.formats.base.CheckpointFormat`.
 
         The commonest scheme targets the class Linear, the others their modules by name: readers take the first
@@ -150,6 +167,10 @@ class CompressedTensors:
             "config_groups": groups,
         }
 
+    def config_files(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:  # noqa: ARG002
+        """See :class:`quantkit.formats.base.CheckpointFormat`; none."""
+        return {}
+
     def reads(self, config: Mapping[str, Any]) -> bool:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return config.get("quant_method") == self.name
@@ -177,11 +198,12 @@ class CompressedTensors:
         ranked = [(Targets(tuple(group.targets), patterns), scheme) for group, scheme in groups]
         found: dict[str, QuantScheme] = {}
         for linear in () if ignored.has_name("Linear") else linears:
-            if linear in ignored:
+            names = (linear, *fused_names(linear))  # configs made for vLLM may name what it fuses
+            if any(name in ignored for name in names):
                 continue
             # As its own package ranks them: exact names, then patterns, then the class.
-            by_name = (s for targets, s in ranked if targets.has_name(linear))
-            by_pattern = (s for targets, s in ranked if targets.has_pattern(linear))
+            by_name = (s for targets, s in ranked if any(map(targets.has_name, names)))
+            by_pattern = (s for targets, s in ranked if any(map(targets.has_pattern, names)))
             by_class = (s for targets, s in ranked if targets.has_name("Linear"))
             scheme = next(by_name, None) or next(by_pattern, None) or next(by_class, None)
             if scheme is not None:
@@ -210,12 +232,12 @@ def _decode_packed(
     groups = scheme.num_groups(columns)
     expected: dict[str, tuple[list[int], tuple[torch.dtype, ...]]] = {
         "weight_packed": ([rows, packed_words(columns, scheme.bits)], (torch.int32,)),
-        "weight_scale": ([rows, groups], _FLOATS),
+        "weight_scale": ([rows, groups], FLOATS),
     }
     if not scheme.symmetric:
         expected["weight_zero_point"] = ([packed_words(rows, scheme.bits), groups], (torch.int32,))
     for name, (size, dtypes) in expected.items():
-        _check(where, name, tensors.get(name), size, dtypes)
+        check_tensor(f"{where}.{name}", tensors.get(name), size, dtypes)
     stored = tensors.get("weight_shape")
     if stored is not None and stored.flatten().tolist() != [rows, columns]:
         raise CheckpointError(
@@ -226,7 +248,7 @@ def _decode_packed(
             )
         )
     scale = tensors["weight_scale"]
-    _check_scale(f"{where}.weight_scale", scale)
+    check_scale(f"{where}.weight_scale", scale)
     if scheme.symmetric:
         zero_point = torch.full((rows, groups), scheme.mid, dtype=torch.uint8, device=scale.device)
     else:
@@ -253,30 +275,25 @@ def _decode_int8(
     where: str, tensors: Mapping[str, Tensor], scheme: QuantScheme, shape: tuple[int, int]
 ) -> QuantizedTensor:
     rows, columns = shape
-    _check(where, "weight", tensors.get("weight"), [rows, columns], (torch.int8,))
-    _check(where, "weight_scale", tensors.get("weight_scale"), [rows, 1], _FLOATS)
+    check_tensor(f"{where}.weight", tensors.get("weight"), [rows, columns], (torch.int8,))
+    check_tensor(f"{where}.weight_scale", tensors.get("weight_scale"), [rows, 1], FLOATS)
     scale = tensors["weight_scale"]
-    _check_scale(f"{where}.weight_scale", scale)
+    check_scale(f"{where}.weight_scale", scale)
     if scheme.symmetric:
         _check_no_zero_point(where, "weight_zero_point", tensors)
         zero_point = torch.full((rows, 1), scheme.mid, dtype=torch.uint8, device=scale.device)
     else:
-        _check(where, "weight_zero_point", tensors.get("weight_zero_point"), [rows, 1], (torch.int8,))
+        check_tensor(f"{where}.weight_zero_point", tensors.get("weight_zero_point"), [rows, 1], (torch.int8,))
         zero_point = tensors["weight_zero_point"].contiguous().view(torch.uint8) + scheme.mid
     act_scale = None
     if scheme.act_static:
-        _check(where, "input_scale", tensors.get("input_scale"), [1], _FLOATS)
+        check_tensor(f"{where}.input_scale", tensors.get("input_scale"), [1], FLOATS)
         _check_no_zero_point(where, "input_zero_point", tensors)
         act_scale = float(tensors["input_scale"])
         if not 0 < act_scale < float("inf"):
             raise CheckpointError(message(f"{where}.input_scale", f"is {act_scale}", "write the checkpoint again"))
     codes = tensors["weight"].contiguous().view(torch.uint8) + scheme.mid
     return QuantizedTensor(codes, scale, zero_point, scheme, act_scale=act_scale)
-
-
-def _check_scale(where: str, scale: Tensor) -> None:
-    if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
-        raise CheckpointError(message(where, "holds NaN, inf or 0", "write the checkpoint again"))
 
 
 def _check_no_zero_point(where: str, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -364,12 +381,3 @@ def _scheme(name: str, group: _Group, default_format: str) -> QuantScheme:
             message(where, f"{scheme} in {_INT8}", "quantkit reads 8-bit weights with one scale per channel there")
         )
     return scheme
-
-
-def _check(where: str, name: str, tensor: Tensor | None, shape: list[int], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor is None:
-        raise CheckpointError(message(f"{where}.{name}", "is missing", "re-download the checkpoint"))
-    if list(tensor.shape) != shape or tensor.dtype not in dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(message(f"{where}.{name}", f"is {got}", f"config.json asks for {allowed} {shape}"))

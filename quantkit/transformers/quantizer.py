@@ -18,6 +18,7 @@ from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
 from quantkit.safetensors_header import TensorInfo
 from quantkit.skeleton import Skeleton, open_skeleton
+from quantkit.stored import stored_layers
 from quantkit.transformers.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class QuantkitQuantizer(HfQuantizer):
         compute = dtype if dtype is not None else torch.get_default_dtype()
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         skeleton = open_skeleton(checkpoint, compute)
-        schemes = self._format.read_config(self._on_disk, tuple(info.name for info in skeleton.linears))
+        schemes = stored_layers(skeleton, self._format, self._on_disk).schemes
         members = _by_layer(skeleton.checkpoint)
         if any(info.expert is not None and info.name in schemes for info in skeleton.linears):
             _check_no_stack(checkpoint)
@@ -65,7 +66,7 @@ class QuantkitQuantizer(HfQuantizer):
         for info in skeleton.linears:
             tensors = members.get(info.stem, {})
             scheme = schemes.get(info.name)
-            if scheme is None or (info.tied and not any(leaf.startswith("weight_") for leaf in tensors)):
+            if scheme is None:
                 continue
             shape = (info.out_features, info.in_features)
             packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from golden_layer import WORDS, golden, hexadecimal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +17,6 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
 FORMAT = CompressedTensors()
-GOLDEN = Path(__file__).parent.parent / "golden"
-WORDS = json.loads((GOLDEN / "words.json").read_text())
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,19 +32,6 @@ def make(
     scale[::2] *= -1
     zero_point = zero_point.fill_(scheme.mid) if scheme.symmetric else zero_point
     return QuantizedTensor(codes, scale.to(dtype), zero_point, scheme)
-
-
-def hexadecimal(words: Tensor) -> list[str]:
-    return [f"{int(word) & 0xFFFFFFFF:08x}" for word in words]
-
-
-def golden(bits: int) -> QuantizedTensor:
-    k, n = torch.arange(64), torch.arange(32)
-    g = torch.arange(2)
-    codes = (3 * k[None, :] + 5 * n[:, None]) % 2**bits
-    zeros = (7 * g[None, :] + n[:, None]) % 2**bits
-    scheme = QuantScheme(bits, 32, symmetric=False)
-    return QuantizedTensor(codes.to(torch.uint8), torch.ones(32, 2), zeros.to(torch.uint8), scheme)
 
 
 def test_golden_words_of_codes_and_zero_points() -> None:

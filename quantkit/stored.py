@@ -1,0 +1,93 @@
+"""The quantized layers of a checkpoint: which they are, and each one's weight, read when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CheckpointError, message
+from quantkit.formats import CheckpointFormat
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+from quantkit.skeleton import LinearInfo, Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayers:
+    """The quantized layers of a checkpoint.
+
+    Attributes:
+        checkpoint: where their tensors are.
+        format: how.
+        schemes: of each layer by its module name, in the model's order.
+        members: stem -> the names on disk of all tensors ``stem.…``.
+    """
+
+    checkpoint: Checkpoint
+    format: CheckpointFormat
+    schemes: Mapping[str, QuantScheme]
+    members: Mapping[str, tuple[str, ...]] = field(repr=False)
+
+    def names(self, info: LinearInfo) -> tuple[str, ...]:
+        """The names on disk of a layer's tensors, its bias among them."""
+        return self.members.get(info.stem, ())
+
+    def read(self, info: LinearInfo) -> tuple[QuantizedTensor, Tensor | None]:
+        """The quantized weight of a layer, and its bias as stored.
+
+        Raises:
+            CheckpointError: tensors that are missing or contradict the config or the model.
+        """
+        scheme = self.schemes[info.name]
+        reason = scheme.why_not(info.in_features)
+        if reason is not None:
+            raise CheckpointError(f"{info.name}: {reason}")
+        tensors = {n.rpartition(".")[2]: t for n, t in self.checkpoint.read(self.names(info)).items()}
+        q = self.format.decode(info.name, tensors, scheme, (info.out_features, info.in_features))
+        bias = tensors.get("bias")
+        if bias is not None and list(bias.shape) != [info.out_features]:
+            raise CheckpointError(
+                message(f"{info.stem}.bias", f"is {list(bias.shape)}", f"the layer has {info.out_features} outputs")
+            )
+        return q, bias
+
+
+def stored_layers(skeleton: Skeleton, fmt: CheckpointFormat, config: Mapping[str, Any]) -> StoredLayers:
+    """The quantized layers of an opened checkpoint.
+
+    Where the format's config does not name them all, or names a layer by one of its names only, what is on disk
+    decides: a layer whose codes are not there is as it was.
+
+    Args:
+        skeleton: of the checkpoint.
+        fmt: its format.
+        config: its ``quantization_config``.
+
+    Raises:
+        CheckpointError: a config that quantkit does not run.
+    """
+    members: dict[str, list[str]] = {}
+    for name in skeleton.checkpoint.tensors:
+        members.setdefault(name.rpartition(".")[0], []).append(name)
+    asked = tuple(dict.fromkeys(name for info in skeleton.linears for name in _known_as(info)))
+    by_name = fmt.read_config(config, asked)
+    schemes: dict[str, QuantScheme] = {}
+    for info in skeleton.linears:
+        found = [by_name.get(name) for name in _known_as(info)]
+        scheme = next((one for one in found if one is not None), None)
+        if scheme is None:
+            continue
+        stored = any(f"{info.stem}.{leaf}" in skeleton.checkpoint.tensors for leaf in fmt.tensors)
+        # A tied head that the config's targets cover is on disk as it was: it has no tensor at all.
+        if stored or (fmt.config_names_layers and None not in found and not info.tied):
+            schemes[info.name] = scheme
+    return StoredLayers(skeleton.checkpoint, fmt, schemes, {stem: tuple(names) for stem, names in members.items()})
+
+
+def _known_as(info: LinearInfo) -> tuple[str, ...]:
+    """Its module name and the names that its tensors have on disk, which configs may use as well."""
+    return tuple(dict.fromkeys((*info.known_as, info.stem)))
