@@ -21,8 +21,8 @@ _GROUPS = (128, 64, 32)  # columns that a tile may share a scale over, the wides
 _MOST_SPLITS = 32
 _IN_FLIGHT = 40 << 10  # bytes on their way to one SM that hide the memory's latency, with room for barriers
 
-SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
-"""SMs of A100, RTX 3090 (82) and A10 class, RTX 4090, H100 SXM, B200: for compiling without a GPU."""
+SMS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}
+"""SMs of A100, RTX 3090, RTX 4090, H100 SXM and B200: for compiling without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,9 @@ def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: tor
     """
     wide = num_atoms(in_features) % 2 == 0
     trip = _WIDE_TRIP if wide else COLUMNS
-    block = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    # With codes of 2 bits, 8 planes of sums for 32 rows of x would not stay in registers.
+    most = 16 if num_planes(bits) == 8 else 32
+    block = min(most, 8 if tokens <= 8 else 16 if tokens <= 16 else 32)
     tile_k = min(trip, group or trip)
     if block == 32:
         # Twice the accumulators: products of 64 columns keep all in registers, of 128 they do not.
@@ -128,6 +130,14 @@ def choose_splits(tile: Tile, tokens: int, out_features: int, in_features: int, 
         if cost < least:
             best, least = splits, cost
     return best
+
+
+def num_counters(units: int) -> int:
+    """Counters that any product with a weight of so many units may need: one for each block of rows and tokens.
+
+    A program has at least 32 rows of words, two units, and at least 16 rows of x where there are more than 16.
+    """
+    return -(-units // 2) * (MOST_TOKENS // 16)
 
 
 def trips_of(tile: Tile, in_features: int, splits: int) -> tuple[int, int]:

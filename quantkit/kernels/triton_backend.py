@@ -25,7 +25,7 @@ from quantkit.kernels.planes import (
     unpack_words,
     unpack_zeros,
 )
-from quantkit.kernels.tiles import kernel_group, why_not_group
+from quantkit.kernels.tiles import kernel_group, num_counters, why_not_group
 from quantkit.kernels.triton_op import planes_linear
 from quantkit.qtensor import QuantizedTensor
 
@@ -41,7 +41,7 @@ class TritonBackend:
     Up to 64 rows of x are multiplied by the packed weight; for more, a part of the weight at a time is made dense.
     Packed tensors (:mod:`quantkit.kernels.planes`): words, scale; zeros where asymmetric; and
         order: int32 [in]; only with g_idx: the column of x for each packed column. x is permuted once a product.
-        counters: int32 [2 * units], scratch that is zero between products: a layer runs on one stream at a time.
+        counters: int32, scratch that is zero between products: a layer runs on one stream at a time.
     """
 
     name: ClassVar[str] = "triton"
@@ -92,7 +92,7 @@ class TritonBackend:
         packed["scale"] = pack_scale(q.scale, bits, repeats, groups)
         if not spec.scheme.symmetric:
             packed["zeros"] = pack_zeros(q.zero_point, bits, repeats, groups)
-        packed["counters"] = torch.zeros(2 * packed["words"].shape[0], dtype=torch.int32, device=device)
+        packed["counters"] = torch.zeros(num_counters(packed["words"].shape[0]), dtype=torch.int32, device=device)
         return packed
 
     def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:

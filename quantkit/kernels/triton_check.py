@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.errors import KernelError, message
 from quantkit.kernels import triton_launch
 from quantkit.kernels.planes import num_planes, pack_scale, pack_words, pack_zeros
-from quantkit.kernels.tiles import choose_tile
+from quantkit.kernels.tiles import choose_tile, num_counters
 
 _FORMS = {
     torch.float16: (triton_launch.SUBNORMAL, triton_launch.MAGIC_FLOAT16),
@@ -91,7 +91,7 @@ def _is_right(
         pack_scale(scale, bits, 1, groups).to(device),
         None if symmetric else pack_zeros(zero_point, bits, 1, groups).to(device),
         None,
-        torch.zeros(2 * words.shape[0], dtype=torch.int32, device=device),
+        torch.zeros(num_counters(words.shape[0]), dtype=torch.int32, device=device),
         bits=bits,
         group=group,
         out_features=rows,

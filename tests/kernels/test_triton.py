@@ -18,7 +18,7 @@ from quantkit.scheme import QuantScheme
 pytest.importorskip("triton")
 from quantkit.kernels import triton_check, triton_launch
 from quantkit.kernels.planes import pack_scale, pack_words, pack_zeros
-from quantkit.kernels.tiles import choose_tile, kernel_group
+from quantkit.kernels.tiles import MOST_TOKENS, choose_tile, kernel_group, num_counters
 from quantkit.kernels.triton_op import planes_linear
 
 BACKEND = TritonBackend()
@@ -46,7 +46,7 @@ def direct(q: QuantizedTensor, x: Tensor, *, splits: int, magic: int, bias: Tens
     there, bits, group = moved(q), q.scheme.bits, kernel_group(q.scheme.group_size)
     groups = there.scale.shape[1]
     words = pack_words(there.codes, bits)
-    counters = torch.zeros(2 * len(words), dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(num_counters(len(words)), dtype=torch.int32, device=DEVICE)
     y = triton_launch.matvec(
         x.to(DEVICE),
         words,
@@ -171,6 +171,16 @@ def test_the_operator_keeps_torchs_contract() -> None:
     x = normal(3, 128, dtype=F16).to(DEVICE)
     args = (x, packed["words"], packed["scale"], packed["zeros"], packed["order"], x.new_ones(48), packed["counters"])
     torch.library.opcheck(planes_linear, (*args, 4, 64, 48))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_block_has_a_counter(bits: int) -> None:
+    for tokens in range(1, MOST_TOKENS + 1):
+        for in_features in (64, 128):
+            tile = choose_tile(tokens, in_features, bits, 0, F16)
+            for units in (1, 2, 3, 7):
+                blocks = -(-units * 16 // tile.rows) * -(-tokens // tile.tokens)
+                assert blocks <= num_counters(units)
 
 
 def test_groups_of_unequal_sizes_are_refused() -> None:
