@@ -8,6 +8,7 @@ a time; 128 columns a trip, so that a row of words is two full cache lines.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -77,6 +78,7 @@ def why_not_group(group_size: int | None) -> str | None:
     return f"groups of {group_size} columns; it takes multiples of {_GROUPS[-1]}"
 
 
+@lru_cache(maxsize=4096)  # asked at every product
 def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: torch.dtype) -> Tile:
     """The tile for a product.
 
@@ -104,6 +106,7 @@ def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: tor
     return Tile(rows, block, tile_k, trip // tile_k, max(group, tile_k) // tile_k, stages, 2)
 
 
+@lru_cache(maxsize=4096)
 def choose_splits(tile: Tile, tokens: int, out_features: int, in_features: int, bits: int, sms: int) -> int:
     """Parts that K is split into: the least bytes that one SM must take, with enough of them on their way.
 

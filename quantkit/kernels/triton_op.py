@@ -41,7 +41,8 @@ def planes_linear(
         words, scale, zeros: see :mod:`quantkit.kernels.planes`; no zeros is a symmetric weight.
         order: int32 [in], the column of x that each packed column belongs to; None is all in place.
         bias: [out] or None.
-        counters: int32 [:func:`~quantkit.kernels.tiles.num_counters`], 0 before and after: one product at a time may use them.
+        counters: int32 [:func:`~quantkit.kernels.tiles.num_counters`], 0 before and after; one product at a time may
+            use them.
         bits: of the codes.
         group: columns that share a packed scale; 0 is all.
         out_features: rows of the weight.
