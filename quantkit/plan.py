@@ -21,7 +21,7 @@ from quantkit.recipe import Recipe
 from quantkit.safetensors_header import TensorInfo
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton
-from quantkit.solvers import RTN, AutoRound, Solver
+from quantkit.solvers import GPTQ, RTN, AutoRound, Solver
 from quantkit.source import resolve_dtype
 from quantkit.stats import Stat
 from quantkit.transforms import AWQ, Rotation, SmoothQuant, changed_in_block, changed_outside, check_model
@@ -443,6 +443,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_format(fmt, layers)
     if not layers:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
+    _check_drift(recipe, layers)
     _check_clip(recipe, layers)
     structure = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
     notes = _notes(skeleton, fmt, dtype, layers)
@@ -693,6 +694,25 @@ def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
 def _check_config(plan: Plan) -> None:
     """Schemes that cannot stand in one config are refused before any work."""
     _ = plan.quantization
+
+
+def _check_drift(recipe: Recipe, layers: tuple[LayerPlan, ...]) -> None:
+    """The drift must be what is left when the layers in front are corrected already.
+
+    Measured in one pass for the whole block, that of o_proj and down_proj still holds what q/k/v's and gate/up's own
+    corrections take away, and it would be corrected twice.
+    """
+    if recipe.true_sequential:
+        return
+    for layer in layers:
+        if layer.info.block is not None and isinstance(layer.solver, GPTQ) and layer.solver.drift_correction > 0:
+            raise RecipeError(
+                message(
+                    layer.info.name,
+                    "drift_correction in one pass for the block would correct the same error more than once",
+                    "set true_sequential: true, or drift_correction: 0",
+                )
+            )
 
 
 def _check_share(plan: Plan) -> None:

@@ -41,6 +41,14 @@ def test_reordered_groups_are_refused_where_the_format_does_not_hold_them(tiny: 
         make_plan(Checkpoint(tiny("llama")), recipe)
 
 
+def test_drift_is_not_corrected_twice(tiny: Callable[[str], Path]) -> None:
+    """Measured in one pass, what the layers in front correct themselves would count again."""
+    recipe = {"scheme": "w4a16_g32", "method": {"name": "gptq", "drift_correction": 0.5}}
+    with pytest.raises(quantkit.RecipeError, match=r"layers\.0\..*q_proj: drift_correction .*true_sequential: true"):
+        make_plan(Checkpoint(tiny("llama")), make_recipe(recipe))
+    assert make_plan(Checkpoint(tiny("llama")), make_recipe({**recipe, "true_sequential": True})).num_streams == 2
+
+
 def test_nothing_left(tiny: Callable[[str], Path]) -> None:
     recipe = make_recipe({"scheme": "w4a16_g32", "rules": [{"match": "*", "skip": True}]})
     with pytest.raises(quantkit.RecipeError, match="nothing is left"):

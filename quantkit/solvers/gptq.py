@@ -62,7 +62,8 @@ class GPTQ:
             ``none``: the range is that of its extremes.
         drift_correction: strength, 0 to 1, with which the weights are first moved to where the quantized model's inputs
             give the full-precision model's outputs (asymmetric calibration, GPTAQ, arXiv:2504.02692). The loss that is
-            reported is then that against the moved weights.
+            reported is then that against the moved weights. The inputs must come from layers that are quantized and
+            moved already (true_sequential), or the same error is corrected more than once.
         sweeps: times that all codes are chosen again by coordinate descent (QuantEase, arXiv:2309.01885).
         refit: whether scales are fitted to the codes in closed form, after each sweep, or once.
         block_size: columns between two lazy updates. It changes the speed, not the result.
