@@ -250,11 +250,15 @@ class Measurement:
                 handle.remove()
 
     @contextmanager
-    def of_reference(self) -> Iterator[None]:
-        """The pass inside is the full-precision model's: its inputs are kept for the measured pass that follows."""
-        self._is_reference = True
+    def of_reference(self, whole: bool = True) -> Iterator[None]:
+        """The pass inside is the full-precision model's: its inputs are kept for the measured pass that follows.
+
+        Unless ``whole`` it ends where :meth:`one_pass` does.
+        """
+        self._is_reference, self._may_stop = True, self._calls_each_once and not whole
         try:
-            yield
+            with suppress(_Stop):
+                yield
         finally:
             self._is_reference = False
 
@@ -298,6 +302,8 @@ class Measurement:
             x = args[0]
             if self._is_reference:
                 self._references[name] = x
+                if self._may_stop and len(self._references) == len(self._linears):
+                    raise _Stop
                 return
             if name not in self.inputs:
                 leader = next((other for tensor, other in self._live if _same(tensor, x)), None)

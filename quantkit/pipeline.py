@@ -319,8 +319,9 @@ class Pipeline:
             for sample in samples:
                 if streams.reference is not None and (last is not None or Stat.DRIFT in needs):
                     with ExitStack() as exactly, _holding(block, original):
-                        for each in measuring:
+                        for each in last or ():
                             exactly.enter_context(each.of_reference())
+                        exactly.enter_context(measurement.of_reference(whole=last is not None))
                         exact = self._inputs.run(self.skeleton, index, streams.reference[sample].to(self.device))
                     if last is not None:
                         streams.reference[sample] = exact

@@ -179,6 +179,19 @@ def test_drift_pairs_each_pass_with_its_reference() -> None:
     torch.testing.assert_close(found.inputs["k"].drift, 2 / 8 * (exact - x).T @ x)
 
 
+def test_reference_passes_end_early_where_their_output_is_not_wanted() -> None:
+    block, x = _Gated(), torch.ones(1, 3, 4)
+    found = Measurement({"always": block.always}, frozenset({Stat.HESSIAN, Stat.DRIFT}))
+    with torch.no_grad(), found.hooked():
+        for whole in (False, False, True):
+            with found.of_reference(whole):
+                block(x + 2)
+            with found.one_pass():
+                block(x)
+    assert block.ended == [True, True, False, False, True, False]  # of the first sample all is run
+    torch.testing.assert_close(found.inputs["always"].drift, 2 / 9 * 9 * 2 * torch.ones(4, 4))
+
+
 def test_a_layer_that_never_runs() -> None:
     found = measured(_Attention(), ("q", "idle"), [torch.randn(1, 2, 8)])
     with pytest.raises(CalibrationError, match="idle: never ran"):
