@@ -49,6 +49,7 @@ SCHEMES = {
     "w8a8": "W8A8",
 }
 PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "autoround": "AutoRound"}
+SHIPPED = {"w4_sym": "w4a16-gptq", "w4_asym": "w4a16-gptq-asym", "w3_asym": "w3a16-gptq"}  # in recipes/
 NAMES = {"w4_sym": "w4a16_g64_sym", "w4_asym": "w4a16_g64_asym", "w3_asym": "w3a16_g64_asym"}  # quantkit's
 _WEIGHT_ONLY = tuple(NAMES)
 
@@ -74,18 +75,23 @@ class Run:
         return "/".join((self.scheme, self.program, self.recipe, *self.options[1:2] * (self.program != "quantkit")))
 
 
+def recipe_options(scheme: str) -> tuple[str, ...]:
+    """The recipe that quantkit ships for a scheme, with the study's group size."""
+    return ("--recipe", str(RECIPES / f"{SHIPPED[scheme]}.yaml"), "--scheme", NAMES[scheme])
+
+
 _PEER_RECIPES = {
     "llmcompressor": ("gptq", "gptq-mse", "awq", "awq-gptq"),
     "gptqmodel": ("gptq", "gptq-mse", "gptq-act-order", "gptaq"),
-    "autoround": ("default", "search"),
+    "autoround": ("default", "light", "search"),
 }
 RUNS = (
     *(Run(p, s, r) for s in _WEIGHT_ONLY for p, recipes in _PEER_RECIPES.items() for r in recipes),
-    *(Run("autoround", s, "tuned", ("--iters", "20")) for s in _WEIGHT_ONLY),  # for models where 200 take hours
     *(Run("llmcompressor", s, "gptq-plain") for s in _WEIGHT_ONLY),
     *(Run("gptqmodel", s, "gptq-plain") for s in _WEIGHT_ONLY),
     *(Run("llmcompressor", "w8a8", r) for r in ("rtn", "gptq", "smoothquant", "smoothquant-gptq")),
-    *(Run("quantkit", s, "gptq", ("--scheme", name)) for s, name in NAMES.items()),
+    *(Run("quantkit", s, "gptq", recipe_options(s)) for s in NAMES),
+    *(Run("quantkit", s, "gptq-one-pass", ("--scheme", name)) for s, name in NAMES.items()),  # without a recipe
     *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in ("rtn", "gptq")),
     *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in NAMES.items()),
 )
@@ -216,6 +222,7 @@ def one_run(run: Run, setting: Setting) -> dict[str, Any]:
         found: dict[str, Any] = {
             "command": hidden(command(run, setting, Path("OUT")), setting),
             "driver_sha256": _sha256(driver(run)) if run.program in PEERS else None,
+            "recipe_sha256": _sha256(Path(run.options[1])) if run.options[:1] == ("--recipe",) else None,
             "cpu_seconds": usage.cpu_seconds,
             "wall_seconds": usage.wall_seconds,
             "peak_bytes": usage.peak_bytes,
