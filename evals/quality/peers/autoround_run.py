@@ -3,8 +3,8 @@
     python autoround_run.py --model DIR --tokens FILE --scheme w4_sym --recipe tuned --iters 200 --output DIR
 
 Recipes: ``default`` is what it does when nothing is asked, sign-gradient tuning with 200 steps a block; ``light`` its
-own preset for those in a hurry, 50 steps and a smaller rate; ``tuned`` the default with ``--iters`` steps; ``search`` what it does with none: round-to-nearest and a search of the scales; ``rtn`` is
-plain round-to-nearest.
+own preset with 50 steps and a smaller rate; ``tuned`` the default with ``--iters`` steps; ``search`` what it does with
+none: round-to-nearest and a search of the scales; ``rtn`` is plain round-to-nearest.
 """
 
 from __future__ import annotations
