@@ -51,6 +51,7 @@ SCHEMES = {
 PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "autoround": "AutoRound"}
 SHIPPED = {"w4_sym": "w4a16-gptq", "w4_asym": "w4a16-gptq-asym", "w3_asym": "w3a16-gptq"}  # in recipes/
 NAMES = {"w4_sym": "w4a16_g64_sym", "w4_asym": "w4a16_g64_asym", "w3_asym": "w3a16_g64_asym"}  # quantkit's
+W8A8_RECIPES = ("rtn", "gptq", "smoothquant-gptq")
 _WEIGHT_ONLY = tuple(NAMES)
 
 
@@ -92,7 +93,7 @@ RUNS = (
     *(Run("llmcompressor", "w8a8", r) for r in ("rtn", "gptq", "smoothquant", "smoothquant-gptq")),
     *(Run("quantkit", s, "gptq", recipe_options(s)) for s in NAMES),
     *(Run("quantkit", s, "gptq-one-pass", ("--scheme", name)) for s, name in NAMES.items()),  # without a recipe
-    *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in ("rtn", "gptq")),
+    *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in W8A8_RECIPES),
     *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in NAMES.items()),
 )
 
