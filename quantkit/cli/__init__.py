@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.bench import bench
+from quantkit.cli.doctor import doctor
+from quantkit.cli.generate import generate
 from quantkit.cli.perplexity import perplexity
 from quantkit.cli.plan import plan
 from quantkit.cli.quantize import quantize
@@ -23,7 +26,7 @@ app = typer.Typer(
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
-for _verb in (quantize, perplexity, plan):
+for _verb in (quantize, perplexity, plan, generate, bench, doctor):
     app.command()(_verb)
 
 

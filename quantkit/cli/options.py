@@ -1,12 +1,13 @@
-"""What the verbs share: options that mean the same everywhere, the terminal, other libraries kept quiet."""
+"""What the verbs share: options that mean the same everywhere, the terminal."""
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from quantkit.quiet import quiet as quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,17 +25,6 @@ def terminal() -> Console:
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=_PAGE_WIDTH)
-
-
-def quiet() -> None:
-    """Keep the libraries' own progress bars and warnings out of the display."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
 
 
 def method_name(stated: dict[str, Any]) -> str:
