@@ -136,7 +136,8 @@ def timed(run: Callable[[], object]) -> float:
     run()
     ended.record()
     ended.synchronize()
-    return started.elapsed_time(ended) / 1000
+    milliseconds: float = started.elapsed_time(ended)
+    return milliseconds / 1000
 
 
 def measure(
