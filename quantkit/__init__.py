@@ -18,6 +18,7 @@ from quantkit.transformers import register_when_imported
 
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationSpec
+    from quantkit.converting import Conversion, convert
     from quantkit.errors import (
         CalibrationError,
         CheckpointError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibration": ("CalibrationSpec",),
+    "converting": ("Conversion", "convert"),
     "errors": (
         "CalibrationError",
         "CheckpointError",
@@ -84,6 +86,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationSpec",
     "CheckpointError",
+    "Conversion",
     "EvalSpec",
     "Evaluation",
     "HessianError",
@@ -103,6 +106,7 @@ __all__ = [
     "Rule",
     "SchemeError",
     "SmoothQuant",
+    "convert",
     "evaluate",
     "load",
     "parse_scheme",

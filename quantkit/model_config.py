@@ -93,10 +93,11 @@ def check_numbers(checkpoint: Checkpoint) -> None:
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every integer of a config, with the key that it stands under."""
+    """Every integer of a config, with the key that it stands under; not of its quantization, which builds no model."""
     if isinstance(value, Mapping):
         for inner, member in value.items():
-            yield from _numbers(member, str(inner))
+            if inner != "quantization_config":  # there a group_size of -1 is one group
+                yield from _numbers(member, str(inner))
     elif isinstance(value, list):
         for member in value:
             yield from _numbers(member, key)

@@ -13,6 +13,7 @@ from torch import nn
 
 from quantkit.arch import Structure, collapsed_name, input_group, unequal_fused
 from quantkit.checkpoint import Checkpoint
+from quantkit.config_names import named_schemes, names_left_out
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.experts import ExpertsInfo
 from quantkit.formats import CheckpointFormat, format_named
@@ -32,7 +33,6 @@ _SOLVE_COPIES = 4  # in float32: the weights, transposed, their errors, and what
 _LEFT_OUT_SHOWN = 5
 _MIB = 2**20
 _HEAD_WEIGHTS_AT_ONCE = 2**24  # the head is solved in pieces of about so many weights
-_EXPERTS = r"re:.*\.experts\.\d+\..*"
 _VLLM_EXPERT_BITS = (4, 8)
 _ROUTER = "routers stay as they are"
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
@@ -198,28 +198,13 @@ class Plan:
 
     @cached_property
     def targets(self) -> dict[str, QuantScheme]:
-        """Scheme of every quantized layer, by every name that other loaders may know it under.
-
-        Where experts share one scheme and other layers have another, the experts are one pattern: transformers looks
-        for it, and would decode the experts by the first group of the config without.
-        """
-        used = {layer.scheme for layer in self.layers}
-        of_experts = {layer.scheme for layer in self.layers if layer.info.expert is not None}
-        if len(used) == 1 or len(of_experts) != 1:
-            return {name: layer.scheme for layer in self.layers for name in layer.info.known_as}
-        named = {layer.info.name: layer.scheme for layer in self.layers if layer.info.expert is None}
-        return {_EXPERTS: of_experts.pop(), **named}
+        """Scheme of every quantized layer, by every name that other loaders may know it under."""
+        return named_schemes((layer.info, layer.scheme) for layer in self.layers)
 
     @cached_property
     def ignored(self) -> tuple[str, ...]:
         """What stays as it is, by every name that other loaders may know it under."""
-        names: dict[str, None] = {}
-        known_as = {info.name: info.known_as for info in self.skeleton.linears}
-        for skipped, _ in self.skipped:
-            on_disk = self.skeleton.disk_names.get(f"{skipped}.weight", f"{skipped}.weight").removesuffix(".weight")
-            routers = (skipped, on_disk) if skipped in self.skeleton.routers else (skipped,)
-            names.update(dict.fromkeys(known_as.get(skipped, routers)))
-        return tuple(names)
+        return names_left_out(self.skeleton, [name for name, _ in self.skipped])
 
     @cached_property
     def num_parameters(self) -> int:

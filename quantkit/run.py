@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration import CalibrationSet, calibration_samples, from_tokens
-from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_index, write_json
+from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
 from quantkit.heap import map_large_blocks, trim
 from quantkit.pipeline import Pipeline
@@ -32,7 +32,6 @@ from quantkit.report import (
     transform_to_dict,
     versions,
 )
-from quantkit.safetensors_header import read_header
 from quantkit.source import open_tokenizer, resolve_device, resolve_model
 from quantkit.staging import Staging, check_output
 from quantkit.verify import verify_output
@@ -310,13 +309,7 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
             shutil.copyfile(file, path / file.name)
     except OSError as error:
         raise InterruptedRunError(message(str(path), f"cannot be written ({error})", "free disk space")) from error
-    weight_map, total = {}, 0
-    for shard in range(staging.num_shards):
-        name = staging.shard_name(shard)
-        for tensor, info in read_header(path / name).items():
-            weight_map[tensor] = name
-            total += info.nbytes
-    write_index(path, weight_map, total)
+    staging.write_index()
     write_json(path / CONFIG, {**plan.config, "quantization_config": plan.quantization})
     for name, value in plan.format.config_files(plan.quantization).items():
         write_json(path / name, value)

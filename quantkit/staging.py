@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint import write_json, write_shard
+from quantkit.checkpoint import write_index, write_json, write_shard
 from quantkit.errors import OutputError, message
 from quantkit.report import (
     BlockRecord,
@@ -29,6 +29,7 @@ from quantkit.report import (
     transform_from_dict,
     transform_to_dict,
 )
+from quantkit.safetensors_header import read_header
 from quantkit.strict_json import read_json
 from quantkit.transforms import TransformRecord
 
@@ -141,6 +142,17 @@ class Staging:
         """What tuning did to the block of a shard that is done."""
         stored = read_json(self._records(shard), missing="start afresh with --overwrite")
         return [block_from_dict(value) for value in stored["tuned"]]
+
+    def write_index(self) -> int:
+        """Write the index of all shards; returns the bytes of their tensors."""
+        weight_map, total = {}, 0
+        for shard in range(self.num_shards):
+            name = self.shard_name(shard)
+            for tensor, info in read_header(self.path / name).items():
+                weight_map[tensor] = name
+                total += info.nbytes
+        write_index(self.path, weight_map, total)
+        return total
 
     def publish(self) -> None:
         """Move the finished directory to the output's place; an older output is removed only after that."""

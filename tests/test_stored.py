@@ -54,6 +54,14 @@ def test_gptqs_widths_with_the_head(llama: Path, tmp_path: Path, bits: int) -> N
     assert json.loads((path / "quantize_config.json").read_text()) == config
 
 
+def test_one_scale_a_channel(llama: Path, tmp_path: Path) -> None:
+    """``group_size: -1``, which would be no size of a model."""
+    recipe = {"scheme": "w4a16_channel_asym"}
+    expected = logits(quantized(llama, tmp_path / "ct", "compressed-tensors", **recipe))
+    for fmt in FORMATS:
+        assert torch.equal(logits(quantized(llama, tmp_path / fmt, fmt, **recipe)), expected)
+
+
 def test_reordered_groups(llama: Path, tmp_path: Path) -> None:
     calibration = {"num_samples": 4, "sequence_length": 32}
     tokens = [torch.randint(VOCAB, (32,), generator=torch.Generator().manual_seed(i)) for i in range(4)]

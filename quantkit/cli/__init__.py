@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.bench import bench
+from quantkit.cli.convert import convert
 from quantkit.cli.doctor import doctor
 from quantkit.cli.generate import generate
 from quantkit.cli.perplexity import perplexity
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
-for _verb in (quantize, perplexity, plan, generate, bench, doctor):
+for _verb in (quantize, perplexity, plan, convert, generate, bench, doctor):
     app.command()(_verb)
 
 

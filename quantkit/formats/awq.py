@@ -17,6 +17,7 @@ from quantkit.scheme import QuantScheme
 
 _BITS = 4
 _PER_WORD = 8
+_MIDDLE = 0x88888888 - (1 << 32)  # eight zero points of 8, as int32
 # Nibble i of a word, low first, holds the column of this place among its eight; and the way back.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(_ORDER.index(place) for place in range(_PER_WORD))
@@ -87,6 +88,11 @@ class AWQCheckpoint:
             raise CheckpointError(message(f"{where}.qzeros", what, 'config.json: write "zero_point": true'))
         codes = _permuted(unpack(tensors["qweight"], _BITS, rows), _PLACES).T.contiguous()
         return QuantizedTensor(codes, tensors["scales"].T.contiguous(), zero_point.T.contiguous(), scheme)
+
+    @staticmethod
+    def in_the_middle(qzeros: Tensor) -> bool:
+        """Whether all zero points that these words hold are those of symmetric weights."""
+        return bool((qzeros == _MIDDLE).all())
 
     def write_config(
         self,
