@@ -19,7 +19,7 @@ from quantkit.allocate import Allocation, Option, allocate, smallest
 from quantkit.checkpoint import Checkpoint, write_bytes
 from quantkit.errors import OutputError, RecipeError, SchemeError, message
 from quantkit.heap import map_large_blocks
-from quantkit.plan import make_plan
+from quantkit.planning import make_plan
 from quantkit.recipe import Recipe, Rule, make_recipe, merged
 from quantkit.report import Note, Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length

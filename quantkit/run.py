@@ -17,7 +17,8 @@ from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
 from quantkit.heap import map_large_blocks, trim
 from quantkit.pipeline import Pipeline
-from quantkit.plan import Plan, check_disk, check_memory, make_plan
+from quantkit.plan import Plan
+from quantkit.planning import check_disk, check_memory, make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe, merged
 from quantkit.report import (
     LayerRecord,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.checkpoint import Checkpoint
-from quantkit.plan import make_plan
+from quantkit.planning import make_plan
 from quantkit.recipe import make_recipe
 from quantkit.report import BlockTuned, Event, Stage, Step
 from quantkit.run import execute, prepare

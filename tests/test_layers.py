@@ -54,7 +54,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("skeleton",),
     ("stored", "config_names"),
     ("capture", "plan", "loader", "transformers"),
-    ("solving",),
+    ("solving", "planning"),
     ("modules",),
     ("head", "routing", "transforming", "sensitivity", "block_tuning"),
     ("pipeline", "verify", "evaluation"),

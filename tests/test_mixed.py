@@ -15,7 +15,7 @@ from quantkit.allocate import allocate
 from quantkit.calibration import CalibrationSpec
 from quantkit.checkpoint import Checkpoint
 from quantkit.mixed import MixedPlan, plan_mixed, write_recipe
-from quantkit.plan import make_plan
+from quantkit.planning import make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme

@@ -30,7 +30,8 @@ from quantkit.cli import app
 from quantkit.experts import SplitExperts, experts_info, get_expert, set_expert
 from quantkit.grid import dequantize
 from quantkit.linear import QuantLinear
-from quantkit.plan import LayerPlan, make_plan
+from quantkit.plan import LayerPlan
+from quantkit.planning import make_plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import make_recipe
 from quantkit.routing import ExpertInputs, expert_groups

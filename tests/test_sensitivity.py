@@ -17,7 +17,8 @@ import quantkit
 from quantkit.arch import is_transposed
 from quantkit.checkpoint import Checkpoint
 from quantkit.grid import dequantize
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import Plan
+from quantkit.planning import make_plan
 from quantkit.recipe import Rule, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme, parse_scheme

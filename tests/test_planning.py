@@ -10,7 +10,7 @@ import pytest
 
 import quantkit
 from quantkit.checkpoint import Checkpoint
-from quantkit.plan import check_disk, check_memory, make_plan
+from quantkit.planning import check_disk, check_memory, make_plan
 from quantkit.recipe import make_recipe
 from quantkit.skeleton import check_complete
 
