@@ -145,7 +145,7 @@ class Checkpoint:
             with _opened(self.path / file) as handle:
                 for name in members:
                     tensor = self._tensor(handle, name).clone()
-                    check_finite(f"{self.path / file}: {name}", tensor)
+                    check_finite(f"{self.path / file}, {name}", tensor)
                     found[name] = tensor.to(device)
         return found
 

@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             data = handle.read(length)
     except OSError as error:
         raise CheckpointError(message(str(path), f"cannot be read ({error})", "check its permissions")) from error
-    header = parse_object(f"{path}: its header", data)
+    header = parse_object(f"{path}, its header", data)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, f"{_METADATA} is not an object of texts")
@@ -103,7 +103,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
     """A tensor and its place in the data."""
     if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         raise _broken(path, f"a tensor's name is {name[:80]!a}{'…' if len(name) > 80 else ''}")
-    where = f"{path}: {name}"
+    where = f"{path}, {name}"
     if not isinstance(entry, Mapping):
         raise _broken(where, "it is not described by an object")
     shape, place = entry.get("shape"), entry.get("data_offsets")

@@ -169,7 +169,7 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """
     wrong = []
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", {}) or {})
-    for name, disk, shape in _expected_tensors(skeleton):
+    for name, disk, shape in expected_tensors(skeleton):
         if disk is None or disk not in checkpoint.tensors:
             if name not in tied:
                 wrong.append(f"{name} is missing")
@@ -185,7 +185,7 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         )
 
 
-def _expected_tensors(skeleton: Skeleton) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
+def expected_tensors(skeleton: Skeleton) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
     """Name in the model, name on disk if there is one, and shape of every parameter, stacked experts one by one."""
     stacked = {f"{info.name}.{parameter}" for info in skeleton.experts for parameter in (GATE_UP, DOWN)}
     for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):

@@ -14,6 +14,7 @@ from quantkit.cli.generate import generate
 from quantkit.cli.perplexity import perplexity
 from quantkit.cli.plan import plan
 from quantkit.cli.quantize import quantize
+from quantkit.cli.verify import verify
 from quantkit.errors import QuantkitError
 from quantkit.heap import use_huge_pages
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
-for _verb in (quantize, perplexity, plan, convert, generate, bench, doctor):
+for _verb in (quantize, perplexity, plan, verify, convert, generate, bench, doctor):
     app.command()(_verb)
 
 

@@ -22,15 +22,16 @@ from transformers.utils import logging
 
 import quantkit
 from quantkit.errors import QuantkitError
+from quantkit.verify import verify
 
 _ADDRESS_SPACE = 6 * 2**30  # above what the process has when it begins
 _GROWTH_KIB = 400 * 2**10
 _CPU_SECONDS = 20.0  # a model of one block loads in a tenth of a second
-_READERS: tuple[tuple[str, Callable[[Path], object]], ...] = (("load", quantkit.load),)
+_READERS: tuple[tuple[str, Callable[[Path], object]], ...] = (("load", quantkit.load), ("verify", verify))
 
 
 def _saved(path: Path) -> Files:
-    kept = (".safetensors", ".index.json", "config.json")
+    kept = (".safetensors", ".index.json", "config.json", "quantize_config.json")
     return Files({p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.name.endswith(kept)})
 
 
@@ -45,8 +46,11 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
         ("packed", dense, "w4a16_g32_asym"),
         ("int8", dense, "w8a8"),
         ("packed experts", experts, "w3a16_g32"),
+        ("gptq", dense, "w4a16_g32_asym"),
+        ("awq", dense, "w4a16_g32_asym"),
     ):
-        quantkit.quantize(source, root / name, recipe={"scheme": scheme, "method": "rtn"})
+        fmt = name if name in ("gptq", "awq") else "compressed-tensors"
+        quantkit.quantize(source, root / name, recipe={"scheme": scheme, "method": "rtn", "format": fmt})
         found[name] = _saved(root / name)
     return found
 
