@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantkit.card import is_quantkit_card, markdown_table, update_card
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, CheckpointError, InputError, message
 from quantkit.loader import load
@@ -254,6 +255,26 @@ def render(evaluation: Evaluation, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+
+
+def update_cards(evaluation: Evaluation, paths: Sequence[Path]) -> list[Path]:
+    """Put each model's line, beside the first's, into the cards that quantkit wrote; returns their directories."""
+    first, p = evaluation.results[0], evaluation.protocol
+    updated = []
+    for index, (result, path) in enumerate(zip(evaluation.results, paths, strict=True)):
+        if not is_quantkit_card(path):
+            continue
+        rows = [[first.model, f"{first.perplexity:.3f}", "", ""]] if index else []
+        kl = [f"{result.kl:.5f}", f"{result.top1_changed:.2%}"] if index else ["", ""]
+        rows.append([result.model, f"{result.perplexity:.3f}", *kl])
+        table = markdown_table(["model", "perplexity", "KL divergence, nats", "top-1 changed"], rows)
+        protocol = (
+            f"{p['tokens_scored']:,} tokens of {p['text_source']} (sha256 {p['text_sha256'][:12]}) in {p['windows']} "
+            f"windows of {p['sequence_length']}, stride {p['stride']}; {p['dtype']} on {p['device']}."
+        )
+        update_card(path, "perplexity", f"{table}\n\n{protocol}")
+        updated.append(path)
+    return updated
 
 
 def _sequence_length(asked: int | None, configs: Sequence[tuple[str, Any]]) -> tuple[int, str]:

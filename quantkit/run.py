@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration import CalibrationSet, calibration_samples, from_tokens
+from quantkit.card import CARD, card
 from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes, write_json
 from quantkit.errors import CalibrationError, InterruptedRunError, QuantkitError, message
 from quantkit.heap import map_large_blocks, trim
@@ -316,7 +317,10 @@ def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
         write_json(path / name, value)
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"
-    write_bytes(path / RECIPE, plan.recipe.to_yaml(heading).encode())
+    recipe = plan.recipe.to_yaml(heading)
+    write_bytes(path / RECIPE, recipe.encode())
+    text = card(report, recipe, plan.quantization, plan.checkpoint.path)
+    write_bytes(path / CARD, text.encode())
     write_json(path / REPORT, report)
 
 

@@ -27,7 +27,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -127,6 +127,37 @@ def evaluation_text(
     if not text.strip():
         raise CalibrationError(message(opened.name, "there is no text in it", "give a source that has some"))
     return EvaluationText(text, hashlib.sha256(text.encode()).hexdigest(), opened.name, len(documents))
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDocuments:
+    """The documents of a source, one by one.
+
+    Attributes:
+        documents: as they are read, empty ones too.
+        sha256: hex digest over each document's UTF-8 length in bytes (as digits and a colon) and bytes.
+        source: ``TextSource.name``.
+    """
+
+    documents: tuple[str, ...]
+    sha256: str
+    source: str
+
+
+def evaluation_documents(source: str, *, column: str | None = None, limit: int | None = None) -> EvaluationDocuments:
+    """The first ``limit`` documents of a source's evaluation split, in memory; None: all.
+
+    Raises:
+        CalibrationError: as ``open_source``; a malformed file; no text at all.
+    """
+    opened = open_source(source, split="evaluation", column=column)
+    documents = tuple(islice(chain.from_iterable(opened.streams), limit))
+    if not any(document.strip() for document in documents):
+        raise CalibrationError(message(opened.name, "there is no text in it", "give a source that has some"))
+    sha = hashlib.sha256()
+    for data in (document.encode() for document in documents):
+        sha.update(b"%d:%s" % (len(data), data))
+    return EvaluationDocuments(documents, sha.hexdigest(), opened.name)
 
 
 def _builtin(split: Split) -> Iterator[str]:

@@ -10,6 +10,7 @@ import typer
 from quantkit.cli.bench import bench
 from quantkit.cli.convert import convert
 from quantkit.cli.doctor import doctor
+from quantkit.cli.eval import evaluate
 from quantkit.cli.generate import generate
 from quantkit.cli.perplexity import perplexity
 from quantkit.cli.plan import plan
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for _verb in (quantize, perplexity, plan, verify, convert, generate, bench, doctor):
     app.command()(_verb)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.options import Device, Dtype, quiet, terminal
+from quantkit.errors import InputError, message
 
 
 def perplexity(
@@ -28,15 +29,35 @@ def perplexity(
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Annotated[Path | None, typer.Option(help="Write results and protocol to this file.")] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="gptq: windows of the joined text. lm-eval: each document by itself, per word and per byte, as "
+            "lm-evaluation-harness defines it (--limit counts documents)."
+        ),
+    ] = "gptq",
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the figures into the model cards of directories that quantize wrote.")
+    ] = False,
 ) -> None:
     """Perplexity of models on a text, and what quantizing lost: KL divergence and changed top-1 tokens."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from quantkit.card import CARD
     from quantkit.checkpoint import write_json
-    from quantkit.evaluation import EvalSpec, evaluate, render
+    from quantkit.evaluation import EvalSpec, evaluate, render, update_cards
+    from quantkit.source import resolve_model
 
     quiet()
+    if protocol not in ("gptq", "lm-eval"):
+        raise InputError(message("--protocol", f"{protocol!r} is none", "use gptq or lm-eval"))
+    if protocol == "lm-eval":
+        if stride is not None or batch_size != 1 or card:
+            what = "--stride, --batch-size and --card belong to the protocol gptq"
+            raise InputError(message("--protocol lm-eval", what, "leave them out"))
+        _by_documents(models, data, column, sequence_length, limit, device, dtype, json)
+        return
     spec = EvalSpec(data, sequence_length, stride, limit, batch_size, column)
     console = terminal()
     with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as bar:
@@ -51,3 +72,27 @@ def perplexity(
     if json is not None:
         write_json(json, found.to_json())
     render(found, console)
+    if card:
+        for path in update_cards(found, [resolve_model(model) for model in models]):
+            typer.echo(f"written to {path / CARD}")
+
+
+def _by_documents(
+    models: list[str],
+    data: str,
+    column: str | None,
+    sequence_length: int | None,
+    limit: int | None,
+    device: str,
+    dtype: str,
+    json: Path | None,
+) -> None:
+    from quantkit.checkpoint import write_json
+    from quantkit.document_evaluation import evaluate_documents, render_documents
+
+    found = evaluate_documents(
+        models, data, column=column, sequence_length=sequence_length, limit=limit, device=device, dtype=dtype
+    )
+    if json is not None:
+        write_json(json, found.to_json())
+    render_documents(found, terminal())

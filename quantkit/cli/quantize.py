@@ -63,13 +63,19 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is at --output, at the end of the run.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the verified output to this repository of the Hugging Face hub.")
+    ] = None,
 ) -> None:
     """Quantize a model into a packed checkpoint that vLLM, SGLang, transformers and quantkit load."""
+    from quantkit.hub import check_push, push
     from quantkit.progress import shown
     from quantkit.recipe import merged
     from quantkit.run import execute, prepare, recipe_values
 
     quiet()
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     stated = recipe_values(recipe)
     calibrating = {"source": calibration, "num_samples": num_samples, "sequence_length": sequence_length, "seed": seed}
     flags: dict[str, Any] = {"format": format, "dtype": dtype, "activation_memory": activation_memory}
@@ -90,6 +96,8 @@ def quantize(
         _print_plan(prepared)
     else:
         console.print(_last_line(prepared, result), markup=False, highlight=False, soft_wrap=True)
+        if push_to_hub is not None:
+            typer.echo(f"pushed to {push(result.path, push_to_hub)}")
 
 
 def _scheme(stated: dict[str, Any], name: str | None, group_size: int | None, symmetric: bool | None) -> dict[str, Any]:
