@@ -12,6 +12,7 @@ from quantkit.cli.convert import convert
 from quantkit.cli.doctor import doctor
 from quantkit.cli.eval import evaluate
 from quantkit.cli.generate import generate
+from quantkit.cli.inspect import inspect
 from quantkit.cli.perplexity import perplexity
 from quantkit.cli.plan import plan
 from quantkit.cli.quantize import quantize
@@ -29,7 +30,7 @@ app = typer.Typer(
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
-for _verb in (quantize, perplexity, plan, verify, convert, generate, bench, doctor):
+for _verb in (quantize, perplexity, plan, inspect, verify, convert, generate, bench, doctor):
     app.command()(_verb)
 app.command("eval")(evaluate)
 
