@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEER := .venv-peer
 OUT := out
 
-.PHONY: demo test setup lint test-slow fuzz test-peer setup-peer test-peer-vllm builtin-model clean
+.PHONY: demo test setup lint test-slow fuzz test-peer setup-peer test-peer-vllm test-peer-gptqmodel test-peer-writers builtin-model clean
 
 # torch first and by its exact version: where a CPU build lies on the disk, pip takes that and no CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -52,6 +52,39 @@ setup-peer: $(PEER)/.ready
 test-peer: setup-peer
 	$(PEER)/bin/python -m pytest -m peer tests/peers
 
+# GPTQModel, llm-compressor and AutoRound, each in an environment of its own under $(PEERS); tests in .venv run them.
+PEERS := $(CURDIR)/.venv-peers
+GPTQMODEL_NEEDS := accelerate safetensors transformers threadpoolctl 'packaging>=26.3' 'device-smi>=0.5.7' \
+    'protobuf>=7.36.2' 'pillow>=13' requests 'pypcre>=0.6.4' 'tokenicer>=0.0.14' 'logbar>=0.4.15' jinja2 ninja maturin \
+    datasets pyarrow dill 'torchao>=0.18' 'defuser>=0.0.28' 'filelock>=4.2.4' 'numpy>=2.4.6'
+
+$(PEERS)/%/.torch:
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/pip install --quiet torch==2.13.0
+	touch $@
+
+# Its metadata asks for a torch that has no CPU build: itself without what it needs, then that.
+$(PEERS)/gptqmodel/.ready: $(PEERS)/gptqmodel/.torch
+	$(PEERS)/gptqmodel/bin/pip install --quiet --no-deps gptqmodel==7.7.0 optimum
+	$(PEERS)/gptqmodel/bin/pip install --quiet torch==2.13.0 $(GPTQMODEL_NEEDS)
+	touch $@
+
+$(PEERS)/llmcompressor/.ready: $(PEERS)/llmcompressor/.torch
+	$(PEERS)/llmcompressor/bin/pip install --quiet torch==2.13.0 llmcompressor==0.14.0.1
+	touch $@
+
+$(PEERS)/autoround/.ready: $(PEERS)/autoround/.torch
+	$(PEERS)/autoround/bin/pip install --quiet torch==2.13.0 auto-round==0.16.1
+	touch $@
+
+# GPTQ and AWQ checkpoints of quantkit in transformers with gptqmodel.
+test-peer-gptqmodel: setup $(PEERS)/gptqmodel/.ready
+	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_gptqmodel.py
+
+# Checkpoints of the three programs in quantkit.
+test-peer-writers: setup $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/autoround/.ready
+	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_writers.py
+
 # vLLM's CPU build: 3.4 GB. Its own requirements choose the versions, but for torch.
 $(PEER)-vllm/.ready: pyproject.toml
 	$(PYTHON) -m venv $(PEER)-vllm
@@ -69,4 +102,4 @@ builtin-model: setup
 	$(BIN)/python evals/builtin_model/train.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(PEER)-vllm $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEER) $(PEER)-vllm $(PEERS) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

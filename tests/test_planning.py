@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -124,3 +124,25 @@ def test_left_out_and_quantized_make_the_whole(tiny: Callable[[str], Path]) -> N
     for family in ("llama", "gpt2", "qwen2"):
         plan = make_plan(Checkpoint(tiny(family)), make_recipe({"scheme": "w4a16_g32"}))
         assert sum(numel for _, numel in plan.left_out) + plan.num_quantized == plan.num_parameters
+
+
+_DOWN_8 = [{"match": "*.down_proj", "scheme": "w8a16_g32"}]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "noted"),
+    [
+        ({"scheme": "w4a16_g32_sym", "format": "gptq"}, "readers of gptq hold scales in 16 bits"),
+        ({"scheme": "w4a16_g32_asym", "format": "gptq", "dtype": "bfloat16"}, "4 or 8 bits, symmetric"),
+        ({"scheme": "w3a16_g32_sym", "format": "gptq", "dtype": "bfloat16"}, "4 or 8 bits, symmetric"),
+        ({"scheme": "w4a16_g32_sym", "format": "gptq", "dtype": "bfloat16", "rules": _DOWN_8}, "reads one scheme"),
+        ({"scheme": "w4a16_g32_sym", "format": "gptq", "dtype": "bfloat16"}, None),
+        ({"scheme": "w4a16_g32_asym", "format": "awq", "dtype": "bfloat16"}, None),
+    ],
+)
+def test_notes_on_what_other_programs_load(
+    recipe: dict[str, Any], noted: str | None, tiny: Callable[[str], Path]
+) -> None:
+    plan = make_plan(Checkpoint(tiny("llama")), make_recipe({"method": "rtn", **recipe}))
+    assert len(plan.notes) == (noted is not None)
+    assert noted is None or noted in plan.notes[0]
