@@ -328,7 +328,7 @@ def _notes(
     notes = [f"{group} share one matrix in vLLM and must have one scheme there" for group in unequal_fused(schemes)]
     if any(layer.info.transposed for layer in layers):
         notes.append("quantkit runs quantized Conv1D layers; transformers' own loader leaves them newly initialized")
-    notes += _notes_on_experts(skeleton, layers)
+    notes += _notes_on_experts(skeleton, fmt, layers)
     notes += _notes_on_format(fmt, dtype, {layer.scheme for layer in layers})
     for layer in layers:
         if layer.info.tied:
@@ -368,8 +368,8 @@ def _transform_notes(plan: Plan) -> list[str]:
     return [f"rotating the residual stream gives the head, tied to the embedding, a matrix of its own: {cost}"]
 
 
-def _notes_on_experts(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> list[str]:
-    """What other programs cannot do with the experts; seen with transformers 5.23, read in vLLM 0.33."""
+def _notes_on_experts(skeleton: Skeleton, fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> list[str]:
+    """What other programs cannot do with the experts; seen with transformers 5.23 and 5.24, read in vLLM 0.33."""
     schemes: dict[str, list[QuantScheme | None]] = {info.name: [] for info in skeleton.experts}
     chosen = {layer.info.name: layer.scheme for layer in layers}
     for info in skeleton.linears:
@@ -380,7 +380,12 @@ def _notes_on_experts(skeleton: Skeleton, layers: tuple[LayerPlan, ...]) -> list
     if uneven:
         notes.append(f"{uneven[0]} has several schemes, and vLLM runs one for all experts of a block")
     used = {scheme for found in schemes.values() for scheme in found}
-    if used and (len(used) > 1 or not all(scheme is not None and scheme.symmetric for scheme in used)):
+    if used != {None} and used and fmt.name != CompressedTensors.name:
+        notes.append(
+            f"transformers 5.24 gives experts of format {fmt.name} random weights, with a warning only: it stacks "
+            "experts and finds no dense ones; quantkit loads them"
+        )
+    elif used and (len(used) > 1 or not all(scheme is not None and scheme.symmetric for scheme in used)):
         notes.append(
             "transformers 5.23 cannot load these experts: beside quantized layers it takes all of them as quantized, "
             "by one symmetric scheme"

@@ -126,6 +126,16 @@ def test_left_out_and_quantized_make_the_whole(tiny: Callable[[str], Path]) -> N
         assert sum(numel for _, numel in plan.left_out) + plan.num_quantized == plan.num_parameters
 
 
+@pytest.mark.parametrize("fmt", ["gptq", "awq"])
+def test_experts_that_transformers_would_make_up_are_noted(fmt: str, tiny: Callable[[str], Path]) -> None:
+    """Seen: from_pretrained of such a Mixtral or Qwen3-MoE warns of missing experts and goes on."""
+    recipe = {"scheme": "w4a16_g32_asym", "method": "rtn", "format": fmt}
+    notes = make_plan(Checkpoint(tiny("mixtral")), make_recipe(recipe)).notes
+    assert sum(f"experts of format {fmt} random weights" in note for note in notes) == 1
+    kept = {**recipe, "rules": [{"match": "*.experts.*", "skip": True}]}
+    assert not any("random weights" in note for note in make_plan(Checkpoint(tiny("mixtral")), make_recipe(kept)).notes)
+
+
 _DOWN_8 = [{"match": "*.down_proj", "scheme": "w8a16_g32"}]
 
 
