@@ -6,6 +6,7 @@ from quantkit.errors import KernelError, message
 from quantkit.kernels.base import KernelBackend, LinearSpec
 from quantkit.kernels.cpu import CpuBackend
 from quantkit.kernels.int8 import CpuInt8Backend, CudaInt8Backend
+from quantkit.kernels.jit_backend import JitBackend
 from quantkit.kernels.reference import ReferenceBackend
 from quantkit.kernels.simulated import SimulatedBackend
 from quantkit.kernels.triton_backend import TritonBackend
@@ -15,6 +16,7 @@ __all__ = [
     "CpuBackend",
     "CpuInt8Backend",
     "CudaInt8Backend",
+    "JitBackend",
     "KernelBackend",
     "LinearSpec",
     "ReferenceBackend",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 BACKENDS: tuple[KernelBackend, ...] = (
+    JitBackend(),
     CpuBackend(),
     CpuInt8Backend(),
     CudaInt8Backend(),

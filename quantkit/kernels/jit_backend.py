@@ -1,0 +1,90 @@
+"""The just-in-time CPU backend: its own kernels, compiled by llvmlite when a layer first runs; no compiler needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.base import LinearSpec, check_weight
+from quantkit.kernels.jit_op import panels_linear
+from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
+from quantkit.qtensor import QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class JitBackend:
+    """bfloat16 activations on a CPU with AVX-512 and its bfloat16 instructions, contiguous groups, any bits and rows.
+
+    Products are summed in float32 and rounded once.
+
+    Packed tensors:
+        words: int16 [panels, units, 16, 2], see :mod:`quantkit.kernels.panels`.
+        panel_scale: [panels, groups, 16], the dtype that ships.
+        panel_zero: uint8 [panels, groups, 16]; asymmetric only.
+    """
+
+    name: ClassVar[str] = "cpu_jit"
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        """See :class:`KernelBackend`."""
+        if spec.device_type != "cpu":
+            return f"the device {spec.device_type}; it runs on cpu"
+        if find_spec("llvmlite") is None:
+            return "to run without llvmlite; pip install 'quantkit[cpu]'"
+        if not _has_instructions():
+            return "this CPU; its kernels use AVX-512 with bfloat16 (avx512_bf16)"
+        if spec.scheme.act_bits is not None:
+            return "quantized activations; it multiplies by activations in floating point"
+        if spec.dtype != torch.bfloat16:
+            return f"activations of {spec.dtype}; its kernels multiply bfloat16"
+        if spec.has_g_idx:
+            return "a g_idx; its groups are contiguous"
+        why = spec.scheme.why_not(spec.in_features)
+        if why is not None:
+            return why
+        columns, unit = spec.scheme.columns_per_group(spec.in_features), unit_columns(spec.scheme.bits)
+        if columns % unit or not spec.in_features * spec.out_features:
+            return f"groups of {columns} columns; its kernels take multiples of {unit}"
+        return None
+
+    def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
+        """See :class:`KernelBackend`."""
+        from quantkit.kernels.jit import aligned
+
+        check_weight(q, spec)
+        packed = {
+            "words": aligned(pack_codes(q.codes, spec.scheme.bits)),
+            "panel_scale": aligned(pack_groups(q.scale)),
+        }
+        if not spec.scheme.symmetric:
+            packed["panel_zero"] = aligned(pack_groups(q.zero_point))
+        return packed
+
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+        """See :class:`KernelBackend`."""
+        flat = x.reshape(-1, spec.in_features).contiguous()
+        zeros = packed.get("panel_zero")
+        y = panels_linear(flat, packed["words"], packed["panel_scale"], zeros, spec.scheme.bits, spec.out_features)
+        return y.view(*x.shape[:-1], spec.out_features)
+
+    def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
+        """See :class:`KernelBackend`."""
+        scale = unpack_groups(packed["panel_scale"], spec.out_features)
+        codes = unpack_codes(packed["words"], spec.scheme.bits, spec.out_features)
+        if spec.scheme.symmetric:
+            zero_point = torch.full(scale.shape, spec.scheme.mid, dtype=torch.uint8)
+        else:
+            zero_point = unpack_groups(packed["panel_zero"], spec.out_features)
+        return QuantizedTensor(codes, scale, zero_point, spec.scheme)
+
+
+@lru_cache
+def _has_instructions() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return all(capabilities.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"))

@@ -1,0 +1,84 @@
+"""torch's operator ``quantkit::panels_linear``: the product with a weight in panels, one node for torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.grid import dequantize
+from quantkit.kernels.jit_ir import center
+from quantkit.kernels.panels import PANEL, unpack_codes, unpack_groups
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme
+
+# From so many rows of x on, dequantizing for a dense product is faster.
+_DENSE_FROM = 1024
+_DENSE_WEIGHTS = 1 << 21  # dense at one time: a block that stays in the cache
+
+_SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, int bits, int out_features) -> Tensor"
+
+
+def panels_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    """``x @ Wᵀ``; by way of torch's dispatcher only where torch.compile looks on, for that costs microseconds.
+
+    Args:
+        x: bfloat16 [tokens, in], contiguous.
+        words: int16 [panels, units, 16, 2], see :mod:`quantkit.kernels.panels`.
+        scale: [panels, groups, 16].
+        zeros: uint8 [panels, groups, 16]; None: symmetric.
+        bits: of a code.
+        out_features: rows of the weight.
+
+    Returns:
+        bfloat16 [tokens, out].
+    """
+    chosen = _operator if torch.compiler.is_compiling() else _product
+    return chosen(x, words, scale, zeros, bits, out_features)
+
+
+def _product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
+    from quantkit.kernels.jit import product
+
+    if x.shape[0] < _DENSE_FROM:
+        return product(x, words, scale, zeros, bits, out_features)
+    return _dense(x, words, scale, zeros, bits, out_features)
+
+
+@torch.library.custom_op("quantkit::panels_linear", mutates_args=(), schema=_SCHEMA)
+def _operator(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
+    return _product(x, words, scale, zeros, bits, out_features)
+
+
+@_operator.register_fake
+def _shape(
+    x: Tensor,
+    words: Tensor,  # noqa: ARG001
+    scale: Tensor,  # noqa: ARG001
+    zeros: Tensor | None,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _dense(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
+    """Dequantized a few panels at a time, so that no layer is ever dense as a whole."""
+    y = x.new_empty(x.shape[0], out_features)
+    step = max(1, _DENSE_WEIGHTS // (x.shape[1] * PANEL))
+    for start in range(0, words.shape[0], step):
+        panels = slice(start, start + step)
+        rows = slice(start * PANEL, min((start + step) * PANEL, out_features))
+        count = rows.stop - rows.start
+        of_groups = unpack_groups(scale[panels], count)
+        mids = torch.full_like(of_groups, center(bits), dtype=torch.uint8)
+        q = QuantizedTensor(
+            unpack_codes(words[panels], bits, count),
+            of_groups,
+            mids if zeros is None else unpack_groups(zeros[panels], count),
+            QuantScheme(bits, x.shape[1] // scale.shape[1], symmetric=zeros is None),
+        )
+        y[:, rows] = linear(x, dequantize(q, x.dtype))
+    return y

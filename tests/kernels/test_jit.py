@@ -1,0 +1,204 @@
+"""The just-in-time CPU kernels: exact packing, products against float64 for any shape, one node for torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import normal
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.errors import KernelError
+from quantkit.grid import dequantize, quantize_groups
+from quantkit.kernels import JitBackend, LinearSpec
+from quantkit.kernels import jit_backend as module
+from quantkit.kernels.panels import pack_codes, pack_groups, unpack_codes, unpack_groups
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import QuantScheme, parse_scheme
+
+BF16 = torch.bfloat16
+BACKEND = JitBackend()
+REASON = BACKEND.why_not(LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu"))
+runs_here = pytest.mark.skipif(REASON is not None, reason=f"cpu_jit refuses {REASON}")
+
+
+def weight_of(
+    scheme: QuantScheme, out_features: int, in_features: int, dtype: torch.dtype, seed: int
+) -> QuantizedTensor:
+    return quantize_groups(normal(out_features, in_features, seed=seed), scheme, dtype)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 8), st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
+def test_panels_are_undone_exactly(bits: int, out_features: int, units: int, seed: int) -> None:
+    columns = units * (8 if bits <= 4 else 4)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (out_features, columns), generator=generator).to(torch.uint8)
+    words = pack_codes(codes, bits)
+    assert words.shape == (-(-out_features // 16), units, 16, 2)
+    assert torch.equal(unpack_codes(words, bits, out_features), codes)
+    values = torch.rand(out_features, units, generator=generator)
+    assert torch.equal(unpack_groups(pack_groups(values), out_features), values)
+
+
+def test_where_a_code_lies() -> None:
+    """By hand: row 3's columns 0 to 7 lie in the pair of words of row 3, even ones in the first; row 17 in panel 1."""
+    codes = torch.zeros(18, 16, dtype=torch.uint8)
+    codes[3, :8] = torch.arange(1, 9)
+    codes[17, 9] = 15
+    words = pack_codes(codes, 4)
+    assert [int(word) & 0xFFFF for word in words[0, 0, 3]] == [0x7531, 0x8642]
+    assert [int(word) & 0xFFFF for word in words[1, 1, 1]] == [0, 0x000F]
+    assert int(words.ne(0).sum()) == 3
+    wide = torch.zeros(1, 4, dtype=torch.uint8)
+    wide[0] = torch.tensor([0x12, 0x34, 0xAB, 0xCD])
+    assert [int(word) & 0xFFFF for word in pack_codes(wide, 8)[0, 0, 0]] == [0xAB12, 0xCD34]
+
+
+schemes = st.builds(
+    QuantScheme, st.integers(2, 8), st.sampled_from([8, 24, 32, 64, 128, None]), symmetric=st.booleans()
+)
+
+
+@runs_here
+@settings(deadline=None, max_examples=80)
+@given(
+    schemes,
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.integers(0, 40),
+    st.sampled_from([BF16, torch.float16, torch.float32]),
+    st.integers(0, 9999),
+)
+def test_products_are_as_exact_as_torchs(
+    scheme: QuantScheme, out_features: int, groups: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Any rows of weight and x; x has a mean, which zero points magnify. And unpack is exact."""
+    in_features = groups * (scheme.group_size or 40)
+    q = weight_of(scheme, out_features, in_features, dtype, seed)
+    spec = LinearSpec.of(q, BF16)
+    packed = BACKEND.prepack(q, spec)
+    back = BACKEND.unpack(packed, spec)
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.scale, q.scale)
+    assert torch.equal(back.zero_point, q.zero_point)
+    x = (normal(tokens, in_features, seed=seed + 1) + 0.3).to(BF16)
+    y = BACKEND.matmul(x, packed, spec)
+    assert (y.shape, y.dtype) == ((tokens, out_features), BF16)
+    if tokens == 0:
+        return
+    exact = x.double() @ dequantize(q, torch.float64).T
+    theirs = linear(x, dequantize(q, BF16)).double()
+    scale = x.double().abs() @ dequantize(q, torch.float64).abs().T  # what float32 sums may lose a share of
+    assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + 1e-6 * float(scale.norm())
+
+
+@runs_here
+@pytest.mark.parametrize("name", ["w4a16_g64_asym", "w8a16_channel_sym"])
+def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a number of rows on; a few panels at a time, of which the last is short."""
+    monkeypatch.setattr("quantkit.kernels.jit_op._DENSE_FROM", 30)
+    monkeypatch.setattr("quantkit.kernels.jit_op._DENSE_WEIGHTS", 2 * 16 * 128)
+    q = weight_of(parse_scheme(name), 75, 128, BF16, 5)
+    spec = LinearSpec.of(q, BF16)
+    packed = BACKEND.prepack(q, spec)
+    x = normal(33, 128, seed=2).to(BF16)
+    exact = x.double() @ dequantize(q, torch.float64).T
+    errors = [(BACKEND.matmul(part, packed, spec).double() - exact[: len(part)]).norm() for part in (x, x[:29])]
+    limit = (linear(x, dequantize(q, BF16)).double() - exact).norm()
+    assert max(errors) <= 2 * limit
+
+
+@runs_here
+def test_threads_share_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, however the panels are divided."""
+    monkeypatch.setattr("quantkit.kernels.jit._THREAD_BYTES", 1)
+    q = weight_of(parse_scheme("w4a16_g64_asym"), 100, 256, BF16, 7)
+    spec = LinearSpec.of(q, BF16)
+    packed = BACKEND.prepack(q, spec)
+    x = normal(3, 256, seed=1).to(BF16)
+    before = torch.get_num_threads()
+    found: list[Tensor] = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(BACKEND.matmul(x, packed, spec))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@runs_here
+def test_one_node_for_torch_compile() -> None:
+    q = weight_of(parse_scheme("w4a16_g64_asym"), 48, 128, BF16, 7)
+    spec = LinearSpec.of(q, BF16)
+    packed = BACKEND.prepack(q, spec)
+    arguments = (packed["words"], packed["panel_scale"], packed["panel_zero"], 4, 48)
+    x = normal(2, 128).to(BF16)
+    torch.library.opcheck(torch.ops.quantkit.panels_linear.default, (x, *arguments))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: BACKEND.matmul(x, packed, spec) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), BACKEND.matmul(x, packed, spec) + 1)
+    torch._dynamo.reset()
+
+
+@runs_here
+def test_tensors_that_were_moved_are_copied_into_line() -> None:
+    q = weight_of(parse_scheme("w4a16_g64_asym"), 48, 128, BF16, 7)
+    spec = LinearSpec.of(q, BF16)
+    packed = BACKEND.prepack(q, spec)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in packed.values())
+    moved = {}
+    for name, tensor in packed.items():
+        raw = torch.empty(tensor.nbytes + 72, dtype=torch.uint8)
+        start = -raw.data_ptr() % 64 + 8
+        moved[name] = raw[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    x = normal(2, 128).to(BF16)
+    assert torch.equal(BACKEND.matmul(x, moved, spec), BACKEND.matmul(x, packed, spec))
+
+
+@runs_here
+def test_nan_and_infinity_come_through() -> None:
+    q = weight_of(parse_scheme("w4a16_g64"), 32, 64, BF16, 1)
+    spec = LinearSpec.of(q, BF16)
+    x = normal(2, 64).to(BF16)
+    x[1, 5] = torch.nan
+    y = BACKEND.matmul(x, BACKEND.prepack(q, spec), spec)
+    assert bool(y[0].isfinite().all())
+    assert bool(y[1].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cuda"), "device cuda"),
+        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), torch.float32, "cpu"), "float32"),
+        (LinearSpec(64, 64, parse_scheme("w8a8"), BF16, "cpu"), "quantized activations"),
+        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu", has_g_idx=True), "g_idx"),
+        (LinearSpec(100, 64, parse_scheme("w4a16_channel"), BF16, "cpu"), "multiples of 8"),
+        (LinearSpec(66, 64, parse_scheme("w8a16_channel"), BF16, "cpu"), "multiples of 4"),
+    ],
+)
+@runs_here
+def test_refusals(spec: LinearSpec, why: str) -> None:
+    assert why in (BACKEND.why_not(spec) or "")
+
+
+def test_refusals_without_llvmlite_and_on_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu")
+    monkeypatch.setattr(module, "_has_instructions", lambda: False)
+    monkeypatch.setattr(module, "find_spec", lambda _: object())
+    assert "avx512_bf16" in (BACKEND.why_not(spec) or "")
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    assert "quantkit[cpu]" in (BACKEND.why_not(spec) or "")
+
+
+@runs_here
+def test_a_weight_that_breaks_its_scheme_is_not_packed() -> None:
+    q = weight_of(parse_scheme("w4a16_g64"), 32, 64, BF16, 1)
+    q.codes[0, 0] = 16
+    with pytest.raises(KernelError, match="does not fit in 4 bits"):
+        BACKEND.prepack(q, LinearSpec.of(q, BF16))
