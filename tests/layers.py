@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quantkit.kernels import JitBackend, LinearSpec
+from quantkit.scheme import parse_scheme
+
 BF16 = torch.bfloat16
 
 
@@ -29,3 +32,9 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
+
+
+def fastest_cpu(scheme: str = "w4a16_g64") -> str:
+    """The backend that runs bfloat16 layers with weights of this scheme here: it depends on the CPU."""
+    refused = JitBackend().why_not(LinearSpec(128, 64, parse_scheme(scheme), BF16, "cpu"))
+    return "cpu" if refused else "cpu_jit"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from layers import fastest_cpu
 
 from quantkit.cli import main
 from quantkit.doctor import DTYPES, SCHEMES, capabilities, machine
@@ -38,7 +39,7 @@ def test_the_command(as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert ended.value.code in (0, None)
     out = capsys.readouterr().out
     if as_json:
-        assert json.loads(out)["layers"][0]["backend"] == "cpu"
+        assert json.loads(out)["layers"][0]["backend"] == fastest_cpu()
     else:
         assert "w4a16_g128_sym" in out
         assert "refuses" in out

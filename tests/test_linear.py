@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import BF16, Conv1D, dense, normal
+from layers import BF16, Conv1D, dense, fastest_cpu, normal
 from strategies import assert_same, random_weight, schemes, weights
 from torch import Tensor, nn
 
@@ -113,8 +113,8 @@ class TestFromLinear:
         layer = QuantLinear.from_linear(dense(128, 48, bias=False), "w4a16_g64_asym")
         assert (layer.in_features, layer.out_features, layer.bias) == (128, 48, None)
         assert layer.scheme == QuantScheme(4, 64, symmetric=False)
-        assert layer.backend == "cpu"
-        shown = "in_features=128, out_features=48, bias=False, scheme=w4a16_g64_asym, dtype=bfloat16, backend=cpu"
+        assert layer.backend == fastest_cpu()
+        shown = "in_features=128, out_features=48, bias=False, scheme=w4a16_g64_asym, dtype=bfloat16"
         assert shown in repr(layer)
         assert list(layer.parameters()) == []
         named = QuantLinear.from_linear(dense(128, 48), "w4a16_g64", backend="reference")
@@ -174,12 +174,12 @@ class TestMoving:
             (lambda m: m.half(), torch.float16, "reference"),
             (lambda m: m.float(), torch.float32, "reference"),
             (lambda m: m.double(), torch.float64, "reference"),
-            (lambda m: m.float().bfloat16(), BF16, "cpu"),
+            (lambda m: m.float().bfloat16(), BF16, fastest_cpu()),
             (lambda m: m.to(torch.float16), torch.float16, "reference"),
-            (lambda m: m.to("cpu"), BF16, "cpu"),
+            (lambda m: m.to("cpu"), BF16, fastest_cpu()),
             (lambda m: m.to("cpu", torch.float32), torch.float32, "reference"),
             (lambda m: m.type(torch.float32), torch.float32, "reference"),
-            (lambda m: m.share_memory(), BF16, "cpu"),
+            (lambda m: m.share_memory(), BF16, fastest_cpu()),
         ],
     )
     def test_keeps_codes_and_scales(
@@ -306,7 +306,7 @@ class TestQuantizedActivations:
     def test_a_copy_of_any_backend_is_whole(self) -> None:
         layer = QuantLinear.from_linear(dense(128, 48).eval(), "w4a16_g64")
         again = copy.deepcopy(layer)
-        assert (again.backend, again.training) == ("cpu", False)
+        assert (again.backend, again.training) == (fastest_cpu(), False)
         x = normal(2, 128).to(BF16)
         assert torch.equal(again(x), layer(x))
         assert torch.equal(again.to(torch.float32)(x.float()), layer.to(torch.float32)(x.float()))

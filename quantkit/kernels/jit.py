@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from quantkit.kernels.jit_ir import NAME, Kind, center, matvec_ir
-from quantkit.kernels.panels import PANEL
+from quantkit.kernels.jit_ir import NAME, Kind, center, dense_ir, matvec_ir
+from quantkit.kernels.panels import PANEL, unit_columns
 
 MOST_TOKENS = 16  # rows of x in one call
 _SCALES = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
@@ -52,20 +52,33 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     panels, groups = scale.shape[:2]
     tokens, in_features = x.shape
     y = torch.empty(tokens, panels * PANEL, dtype=torch.bfloat16)
-    if tokens and panels:
-        sums = x.view(tokens, groups, -1).sum(-1, dtype=torch.float32) if zeros is not None else x
-        kind = Kind(bits, in_features // groups, min(tokens, MOST_TOKENS), zeros is None, _SCALES[scale.dtype])
-        for start in range(0, tokens, MOST_TOKENS):
-            here = x[start : start + MOST_TOKENS]
-            if len(here) != kind.tokens:
-                kind = Kind(bits, kind.group, len(here), kind.symmetric, kind.scale)
-            pointers = (words, scale, scale if zeros is None else zeros, here, sums[start:], _tables(bits), y[start:])
-            _run(kind, [tensor.data_ptr() for tensor in pointers], panels, groups, words.nbytes)
+    sums = x if zeros is None else x.view(tokens, groups, in_features // groups).sum(-1, dtype=torch.float32)
+    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    for start in range(0, tokens if panels else 0, MOST_TOKENS):
+        kernel = _product_kernel(
+            bits, in_features // groups, min(tokens - start, MOST_TOKENS), zeros is None, scale.dtype
+        )
+        rows = (x[start].data_ptr(), sums[start].data_ptr(), _tables(bits).data_ptr(), y[start].data_ptr())
+        _run(kernel, (*weight, *rows), panels, groups, words.nbytes)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 
-def _run(kind: Kind, pointers: list[int], panels: int, groups: int, nbytes: int) -> None:
-    kernel = _compiled(kind)
+def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, panels: slice) -> Tensor:
+    """The dense weight of some panels: bfloat16 [16 * panels, in]; arguments as for :func:`product`."""
+    words, scale, zeros = _aligned(words), _aligned(scale), None if zeros is None else _aligned(zeros)
+    groups, in_features = scale.shape[1], words.shape[1] * unit_columns(bits)
+    first, last, _ = panels.indices(words.shape[0])
+    if first >= last:
+        return torch.empty(0, words.shape[1] * unit_columns(bits), dtype=torch.bfloat16)
+    weight = torch.empty((last - first) * PANEL, in_features, dtype=torch.bfloat16)
+    kernel = _dense_kernel(bits, in_features // groups, zeros is None, scale.dtype)
+    pointers = (words, scale, scale if zeros is None else zeros, _tables(bits), weight)
+    kernel(*[tensor.data_ptr() for tensor in pointers], first, last, groups)
+    return weight
+
+
+def _run(kernel: Callable[..., None], pointers: tuple[int, ...], panels: int, groups: int, nbytes: int) -> None:
+    """All panels, divided among torch's number of threads."""
     threads = min(torch.get_num_threads(), panels, max(1, nbytes // _THREAD_BYTES))
     if threads == 1:
         kernel(*pointers, 0, panels, groups, panels * PANEL)
@@ -95,8 +108,17 @@ def _tables(bits: int) -> Tensor:
 
 
 @cache
-def _compiled(kind: Kind) -> Callable[..., None]:
-    """The kernel as a function that ctypes calls, without Python's lock. Takes about 20 ms."""
+def _product_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
+    return _function(matvec_ir(Kind(bits, group, tokens, symmetric, _SCALES[scale])), pointers=7, numbers=4)
+
+
+@cache
+def _dense_kernel(bits: int, group: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
+    return _function(dense_ir(Kind(bits, group, 1, symmetric, _SCALES[scale])), pointers=5, numbers=3)
+
+
+def _function(source: str, pointers: int, numbers: int) -> Callable[..., None]:
+    """A module's kernel as a function that ctypes calls, without Python's lock. Takes about 20 ms."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -104,11 +126,12 @@ def _compiled(kind: Kind) -> Callable[..., None]:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
-    module = llvm.parse_assembly(matvec_ir(kind))
+    module = llvm.parse_assembly(source)
     module.verify()
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 4)(engine.get_function_address(NAME))
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
+    function = signature(engine.get_function_address(NAME))
 
     def kernel(*arguments: int, engine: object = engine) -> None:  # noqa: ARG001 - the code lives as long as its engine
         function(*arguments)

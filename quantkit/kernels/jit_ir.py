@@ -8,7 +8,8 @@ At a group's end its sum is multiplied by its scale, and an asymmetric weight's 
 
     Σ (q - z) x  =  Σ (q - c) x  -  (z - c) Σ x        with the constant c in the tables.
 
-Memory is read once, from start to end, with prefetches ahead.
+Memory is read once, from start to end, with prefetches ahead. A second kernel writes the dense weight of a few panels,
+for products with many rows.
 """
 
 from __future__ import annotations
@@ -47,17 +48,26 @@ class Kind:
     scale: str
 
 
-NAME = "matvec"
+NAME = "kernel"
 
 
 def matvec_ir(kind: Kind) -> str:
-    """A module with the function ``matvec(words, scales, zeros, x, sums, tables, y, first, last, groups, rows)``.
+    """A module with the function ``kernel(words, scales, zeros, x, sums, tables, y, first, last, groups, rows)``.
 
     Pointers: words, scales and zeros (uint8; unused where symmetric) of all panels; x bfloat16 [tokens, in]; sums
     float32 [tokens, groups] of x (unused where symmetric); tables 2 x 32 bfloat16; y bfloat16 [tokens, rows]. Panels
     ``first`` to ``last - 1`` are computed, at least one.
     """
-    return _HEADER + "\n".join(_Writer(kind).function())
+    return _HEADER + "\n".join(_Writer(kind).product())
+
+
+def dense_ir(kind: Kind) -> str:
+    """A module with ``kernel(words, scales, zeros, tables, dense, first, last, groups)``.
+
+    Pointers as for :func:`matvec_ir`; dense is bfloat16 [16 * (last - first), in]: ``(q - z) * scale``, rounded once.
+    The kind's tokens mean nothing here.
+    """
+    return _HEADER + "\n".join(_Writer(kind).dense())
 
 
 class _Writer:
@@ -89,15 +99,14 @@ class _Writer:
             f"shufflevector <{lanes} x {kind}> {first}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
         )
 
-    def function(self) -> list[str]:
-        """All lines."""
+    def product(self) -> list[str]:
+        """All lines of the product."""
         kind, tokens = self.kind, range(self.kind.tokens)
         pointers = ", ".join(
             f"ptr noalias %{name}" for name in ("words", "scales", "zeros", "x", "sums", "tables", "y")
         )
         self.lines += [f"define void @{NAME}({pointers}, i64 %first, i64 %last, i64 %groups, i64 %rows) {{", "entry:"]
-        low = self.let("load <32 x i16>, ptr %tables, align 64")
-        high = self.let(f"load <32 x i16>, ptr {self.let('getelementptr i8, ptr %tables, i64 64')}, align 64")
+        tables = self._tables()
         columns = self.let(f"mul i64 %groups, {kind.group}")
         self.lines += ["  br label %panel", "panel:", "  %p = phi i64 [ %first, %entry ], [ %p.next, %store ]"]
         start = self.let("mul i64 %p, %groups")
@@ -111,7 +120,7 @@ class _Writer:
         self.lines += ["  br label %unit", "unit:", "  %u = phi i64 [ 0, %group ], [ %u.next, %unit ]"]
         chains = [[f"%sum.{t}.{c}" for c in range(self.chains)] for t in tokens]
         self._sums([name for chain in chains for name in chain], "group", "unit")
-        sums = self._units(group_words, x_tokens, (low, high), [list(chain) for chain in chains])
+        sums = self._units(group_words, x_tokens, tables, [list(chain) for chain in chains])
         for chain, finals in zip(chains, sums, strict=True):
             for name, final in zip(chain, finals, strict=True):
                 self.lines.append(f"  {name}.next = bitcast <16 x float> {final} to <16 x float>")
@@ -127,6 +136,87 @@ class _Writer:
         more = self.let("icmp ult i64 %p.next, %last")
         self.lines += [f"  br i1 {more}, label %panel, label %done", "done:", "  ret void", "}"]
         return self.lines
+
+    def dense(self) -> list[str]:
+        """All lines of the dense weight: rows of 16 pairs of columns are written one by one."""
+        kind = self.kind
+        pointers = ", ".join(f"ptr noalias %{name}" for name in ("words", "scales", "zeros", "tables", "dense"))
+        self.lines += [f"define void @{NAME}({pointers}, i64 %first, i64 %last, i64 %groups) {{", "entry:"]
+        tables = self._tables()
+        row_bytes = self.let(f"mul i64 %groups, {2 * kind.group}")
+        self.lines += ["  br label %panel", "panel:", "  %p = phi i64 [ %first, %entry ], [ %p.next, %after ]"]
+        start = self.let("mul i64 %p, %groups")
+        panel = self.let(f"mul i64 {self.let('sub i64 %p, %first')}, {row_bytes}")
+        panel = self.address("%dense", panel, 16)
+        self.lines += ["  br label %group", "group:", "  %g = phi i64 [ 0, %panel ], [ %g.next, %end ]"]
+        at = self.let(f"add i64 {start}, %g")
+        scale = self._scale(at)
+        shift = None if kind.symmetric else self._zero_points(at)
+        words = self.address("%words", at, self.units * 64)
+        target = self.address(panel, "%g", 2 * kind.group)
+        self.lines += ["  br label %unit", "unit:", "  %u = phi i64 [ 0, %group ], [ %u.next, %unit ]"]
+        word = self.let(f"load <32 x i16>, ptr {self.address(words, '%u', 64)}, align 64")
+        here = self.address(target, "%u", 2 * unit_columns(kind.bits))
+        for pair, numbers in enumerate(self._numbers(word, tables)):
+            self._written(numbers, scale, shift, self.let(f"getelementptr i8, ptr {here}, i64 {4 * pair}"), row_bytes)
+        self.lines.append("  %u.next = add i64 %u, 1")
+        more = self.let(f"icmp ult i64 %u.next, {self.units}")
+        self.lines += [f"  br i1 {more}, label %unit, label %end", "end:", "  %g.next = add i64 %g, 1"]
+        more = self.let("icmp ult i64 %g.next, %groups")
+        self.lines += [f"  br i1 {more}, label %group, label %after", "after:", "  %p.next = add i64 %p, 1"]
+        more = self.let("icmp ult i64 %p.next, %last")
+        self.lines += [f"  br i1 {more}, label %panel, label %done", "done:", "  ret void", "}"]
+        return self.lines
+
+    def _tables(self) -> tuple[str, str]:
+        low = self.let("load <32 x i16>, ptr %tables, align 64")
+        place = self.let("getelementptr i8, ptr %tables, i64 64")
+        return low, self.let(f"load <32 x i16>, ptr {place}, align 64")
+
+    def _looked_up(self, word: str, nibble: int, tables: tuple[str, str]) -> str:
+        """<32 x i16>: the bfloat16 numbers that a nibble of each word stands for."""
+        index = word if nibble == 0 else self.let(f"lshr <32 x i16> {word}, splat (i16 {4 * nibble})")
+        table = tables[0] if self.kind.bits <= 4 else tables[nibble % 2]
+        return self.let(f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> {table}, <32 x i16> {index})")
+
+    def _numbers(self, word: str, tables: tuple[str, str]) -> list[tuple[str, str]]:
+        """Of each pair of columns of a unit, the codes minus the constant: two times float32 <16 x float>."""
+        halves = []
+        for nibble in range(4):
+            pairs = self.let(f"bitcast <32 x i16> {self._looked_up(word, nibble, tables)} to <16 x i32>")
+            even = self.let(f"shl <16 x i32> {pairs}, splat (i32 16)")
+            odd = self.let(f"and <16 x i32> {pairs}, splat (i32 -65536)")
+            halves.append(tuple(self.let(f"bitcast <16 x i32> {each} to <16 x float>") for each in (even, odd)))
+        if self.kind.bits <= 4:
+            return [(even, odd) for even, odd in halves]
+        return [
+            (self.let(f"fadd <16 x float> {low[0]}, {high[0]}"), self.let(f"fadd <16 x float> {low[1]}, {high[1]}"))
+            for low, high in (halves[:2], halves[2:])
+        ]
+
+    def _written(self, numbers: tuple[str, str], scale: str, shift: str | None, target: str, row_bytes: str) -> None:
+        """Scale a pair of columns and store it in each of the 16 rows."""
+        halves = []
+        for number in numbers:
+            moved = number if shift is None else self.let(f"fsub <16 x float> {number}, {shift}")
+            product = self.let(f"fmul <16 x float> {moved}, {scale}")
+            rounded = self.let(f"fptrunc <16 x float> {product} to <16 x bfloat>")
+            bits = self.let(f"bitcast <16 x bfloat> {rounded} to <16 x i16>")
+            halves.append(self.let(f"zext <16 x i16> {bits} to <16 x i32>"))
+        odd = self.let(f"shl <16 x i32> {halves[1]}, splat (i32 16)")
+        both = self.let(f"or <16 x i32> {halves[0]}, {odd}")
+        for row in range(16):
+            place = self.address(target, row_bytes, row)
+            self.lines.append(
+                f"  store i32 {self.let(f'extractelement <16 x i32> {both}, i32 {row}')}, ptr {place}, align 2"
+            )
+
+    def _scale(self, at: str) -> str:
+        """float32: the scales of a group."""
+        size = 4 if self.kind.scale == "float" else 2
+        place = self.address("%scales", at, 16 * size)
+        stored = self.let(f"load <16 x {self.kind.scale}>, ptr {place}, align {16 * size}")
+        return stored if size == 4 else self.let(f"fpext <16 x {self.kind.scale}> {stored} to <16 x float>")
 
     def _sums(self, names: list[str], before: str, last: str) -> None:
         """Sums that are 0 when block ``before`` enters this loop, and ``NAME.next`` after its block ``last``."""
@@ -145,15 +235,8 @@ class _Writer:
             self.lines.append(f"  call void @llvm.prefetch.p0(ptr {ahead}, i32 0, i32 0, i32 1)")
             word = self.let(f"load <32 x i16>, ptr {here}, align 64")
             for nibble in range(4):
-                index = word if nibble == 0 else self.let(f"lshr <32 x i16> {word}, splat (i16 {4 * nibble})")
-                if self.kind.bits <= 4:
-                    table, column = tables[0], unit * 8 + nibble * 2
-                else:
-                    table, column = tables[nibble % 2], unit * 4 + nibble // 2 * 2
-                number = self.let(
-                    f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> {table}, <32 x i16> {index})"
-                )
-                weight = self.let(f"bitcast <32 x i16> {number} to <32 x bfloat>")
+                column = unit * 8 + nibble * 2 if self.kind.bits <= 4 else unit * 4 + nibble // 2 * 2
+                weight = self.let(f"bitcast <32 x i16> {self._looked_up(word, nibble, tables)} to <32 x bfloat>")
                 for token, base in enumerate(pairs):
                     place = self.let(f"getelementptr i8, ptr {base}, i64 {2 * column}")
                     both = self.splat(self.let(f"load i32, ptr {place}, align 2"), "i32", 16)
@@ -168,13 +251,7 @@ class _Writer:
 
     def _scaled(self, sums: list[list[str]], totals: list[str], at: str) -> None:
         """The end of a group: its sums, times its scales, are added to the totals."""
-        size = 4 if self.kind.scale == "float" else 2
-        stored = self.let(
-            f"load <16 x {self.kind.scale}>, ptr {self.address('%scales', at, 16 * size)}, align {16 * size}"
-        )
-        scale = stored
-        if self.kind.scale != "float":
-            scale = self.let(f"fpext <16 x {self.kind.scale}> {stored} to <16 x float>")
+        scale = self._scale(at)
         shift = None if self.kind.symmetric else self._zero_points(at)
         for token, (chain, total) in enumerate(zip(sums, totals, strict=True)):
             summed = chain[0]
@@ -207,4 +284,4 @@ class _Writer:
 
 def center(bits: int) -> int:
     """The constant that the tables subtract from codes: a symmetric scheme's zero point."""
-    return 2 ** (bits - 1)
+    return 1 << (bits - 1)

@@ -43,11 +43,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(words: Tensor, bits: int, out_features: int) -> Tensor:
     """The inverse of :func:`pack_codes`: uint8 [out, in]."""
     panels, units = words.shape[:2]
-    fields = unit_columns(bits) // 2
-    shifts = torch.arange(0, 16, 16 // fields, dtype=torch.int32, device=words.device)
-    codes = (words.to(torch.int32)[..., None] >> shifts) & (2 ** (16 // fields) - 1)
-    flat = codes.permute(0, 2, 1, 4, 3).reshape(panels * PANEL, units * unit_columns(bits))
-    return flat[:out_features].to(torch.uint8)
+    # Bytes, and as few passes over them as there are: [panels, rows, units, byte of the word, column of the pair].
+    moved = words.view(torch.uint8).view(panels, units, PANEL, 2, 2).permute(0, 2, 1, 4, 3).contiguous()
+    if unit_columns(bits) == _NIBBLES:
+        codes = moved
+    else:
+        codes = moved.new_empty(panels, PANEL, units, 2, 2, 2)
+        torch.bitwise_and(moved, 15, out=codes[..., 0, :])
+        torch.bitwise_right_shift(moved, 4, out=codes[..., 1, :])
+    return codes.view(panels * PANEL, units * unit_columns(bits))[:out_features]
 
 
 def pack_groups(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import fastest_cpu
 
 from quantkit.errors import KernelError
 from quantkit.kernels import BACKENDS, LinearSpec, choose_backend
@@ -19,7 +20,7 @@ def test_names_are_unique() -> None:
 
 
 def test_first_that_fits() -> None:
-    assert choose_backend(spec()).name == "cpu"
+    assert choose_backend(spec()).name == fastest_cpu()
     assert choose_backend(spec(torch.float32)).name == "reference"
     assert choose_backend(spec(device="cuda")).name == "reference"
 
@@ -28,9 +29,8 @@ def test_by_name() -> None:
     assert choose_backend(spec(), "reference").name == "reference"
     with pytest.raises(KernelError, match=r"float32.*cpu refuses activations of torch.float32.*slow"):
         choose_backend(spec(torch.float32), "cpu")
-    with pytest.raises(
-        KernelError, match="no backend 'marlin'; choose one of cpu, cpu_int8, cuda_int8, triton, reference, simulated"
-    ):
+    known = "cpu_jit, cpu, cpu_int8, cuda_int8, triton, reference, simulated"
+    with pytest.raises(KernelError, match=f"no backend 'marlin'; choose one of {known}"):
         choose_backend(spec(), "marlin")
 
 

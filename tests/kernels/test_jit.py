@@ -96,6 +96,23 @@ def test_products_are_as_exact_as_torchs(
 
 
 @runs_here
+@settings(deadline=None, max_examples=40)
+@given(schemes, st.integers(1, 70), st.integers(1, 4), st.sampled_from([BF16, torch.float32]), st.integers(0, 9999))
+def test_the_dense_weight_is_what_dequantize_gives(
+    scheme: QuantScheme, out_features: int, groups: int, dtype: torch.dtype, seed: int
+) -> None:
+    from quantkit.kernels.jit import dense
+
+    q = weight_of(scheme, out_features, groups * (scheme.group_size or 40), dtype, seed)
+    packed = BACKEND.prepack(q, LinearSpec.of(q, BF16))
+    zeros = packed.get("panel_zero")
+    found = dense(packed["words"], packed["panel_scale"], zeros, scheme.bits, slice(0, None))
+    assert torch.equal(found[:out_features], dequantize(q, BF16))
+    later = dense(packed["words"], packed["panel_scale"], zeros, scheme.bits, slice(1, 3))
+    assert torch.equal(later, found[16:48])
+
+
+@runs_here
 @pytest.mark.parametrize("name", ["w4a16_g64_asym", "w8a16_channel_sym"])
 def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a number of rows on; a few panels at a time, of which the last is short."""
