@@ -10,6 +10,7 @@ from quantkit.kernels.jit_backend import JitBackend
 from quantkit.kernels.reference import ReferenceBackend
 from quantkit.kernels.simulated import SimulatedBackend
 from quantkit.kernels.triton_backend import TritonBackend
+from quantkit.kernels.triton_int8_backend import TritonInt8Backend
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +23,7 @@ __all__ = [
     "ReferenceBackend",
     "SimulatedBackend",
     "TritonBackend",
+    "TritonInt8Backend",
     "choose_backend",
 ]
 
@@ -29,8 +31,9 @@ BACKENDS: tuple[KernelBackend, ...] = (
     JitBackend(),
     CpuBackend(),
     CpuInt8Backend(),
-    CudaInt8Backend(),
     TritonBackend(),
+    TritonInt8Backend(),
+    CudaInt8Backend(),
     ReferenceBackend(),
     SimulatedBackend(),
 )

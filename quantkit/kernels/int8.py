@@ -49,7 +49,7 @@ class CpuInt8Backend:
         """Refuses what is not int8 x int8 with one scale per channel, and CPUs whose product is not exact."""
         if spec.device_type != "cpu":
             return f"the device {spec.device_type}; it runs on cpu"
-        reason = _why_not_int8(spec)
+        reason = why_not_int8(spec)
         if reason is None and not _onednn_is_exact():
             reason = "this CPU or build of torch, whose product of bytes is missing or overflows in 16 bits"
         return reason
@@ -101,7 +101,7 @@ class CudaInt8Backend:
         for what, size in (("in_features", spec.in_features), ("out_features", spec.out_features)):
             if size % self.multiple:
                 return f"{what}={size}; torch._int_mm takes multiples of {self.multiple}"
-        return _why_not_int8(spec)
+        return why_not_int8(spec)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`."""
@@ -123,7 +123,7 @@ class CudaInt8Backend:
         return _unpacked(packed["weight_packed"], packed, spec)
 
 
-def _why_not_int8(spec: LinearSpec) -> str | None:
+def why_not_int8(spec: LinearSpec) -> str | None:
     """Why a layer is not a product of bytes with one scale per row; None when it is."""
     if spec.scheme.act_bits is None:
         return "activations in floating point; it multiplies 8-bit activations"

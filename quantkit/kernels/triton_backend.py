@@ -53,7 +53,7 @@ class TritonBackend:
             return reason
         if spec.device_type != "cuda":
             return f"the device {spec.device_type}; it runs on cuda"
-        return _why_not_here()
+        return why_not_here()
 
     def _why_not_layer(self, spec: LinearSpec) -> str | None:
         if spec.scheme.act_bits is not None:
@@ -151,7 +151,7 @@ def _order(g_idx: Tensor, spec: LinearSpec) -> Tensor:
 
 
 @cache
-def _why_not_here() -> str | None:
+def why_not_here() -> str | None:
     """Why this machine cannot run Triton kernels; None when it can."""
     if find_spec("triton") is None:
         return "this machine, where triton is not installed"

@@ -29,7 +29,7 @@ def test_by_name() -> None:
     assert choose_backend(spec(), "reference").name == "reference"
     with pytest.raises(KernelError, match=r"float32.*cpu refuses activations of torch.float32.*slow"):
         choose_backend(spec(torch.float32), "cpu")
-    known = "cpu_jit, cpu, cpu_int8, cuda_int8, triton, reference, simulated"
+    known = "cpu_jit, cpu, cpu_int8, triton, triton_int8, cuda_int8, reference, simulated"
     with pytest.raises(KernelError, match=f"no backend 'marlin'; choose one of {known}"):
         choose_backend(spec(), "marlin")
 

@@ -6,17 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import assert_same, exact_weight, quantized_activations, random_weight, weights
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.kernels import CpuInt8Backend, CudaInt8Backend, LinearSpec
+from quantkit.kernels import CpuInt8Backend, CudaInt8Backend, LinearSpec, TritonInt8Backend
+from quantkit.kernels.triton_int8_backend import int8_linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
-CPU, CUDA = CpuInt8Backend(), CudaInt8Backend()
+CPU, CUDA, TRITON = CpuInt8Backend(), CudaInt8Backend(), TritonInt8Backend()
+Backend = CpuInt8Backend | CudaInt8Backend | TritonInt8Backend
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of TRITON: its interpreter, without a GPU
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 W8A8 = QuantScheme(8, None, act_bits=8)
 STATIC = QuantScheme(8, None, act_bits=8, act_static=True)
@@ -40,7 +43,11 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def product(backend: CpuInt8Backend | CudaInt8Backend, q: QuantizedTensor, x: Tensor) -> Tensor:
+def product(backend: Backend, q: QuantizedTensor, x: Tensor) -> Tensor:
+    if backend is TRITON:
+        x = x.to(DEVICE)
+        q = replace(q, codes=q.codes.to(DEVICE), scale=q.scale.to(DEVICE), zero_point=q.zero_point.to(DEVICE))
+        return TRITON.matmul(x, TRITON.prepack(q, LinearSpec.of(q, x.dtype)), LinearSpec.of(q, x.dtype)).cpu()
     spec = LinearSpec.of(q, x.dtype)
     return backend.matmul(x, backend.prepack(q, spec), spec)
 
@@ -73,7 +80,7 @@ def _subnormal(dtype: torch.dtype) -> float:
 def test_unpack_undoes_prepack(q: QuantizedTensor) -> None:
     spec = LinearSpec.of(q, torch.float32)
     assert CPU.why_not(spec) is None
-    for backend in (CPU, CUDA):
+    for backend in (CPU, CUDA, TRITON):
         assert_same(backend.unpack(backend.prepack(q, spec), spec), q)
 
 
@@ -97,6 +104,42 @@ def test_the_cuda_backends_arithmetic_on_the_cpu(
     check_product(product(CUDA, q, x), x, q)
 
 
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(LAYERS, st.integers(1, 40), st.sampled_from(DTYPES), st.integers(0, 2**20))
+def test_the_triton_kernels(q: QuantizedTensor, tokens: int, dtype: torch.dtype, seed: int) -> None:
+    assert TRITON.why_not(LinearSpec.of(q, dtype)) == "the device cpu; it runs on cuda"
+    x = (normal(seed, tokens, q.in_features) + 0.3).to(dtype)
+    check_product(product(TRITON, q, x), x, q)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("scheme", [W8A8, STATIC, ASYM], ids=str)
+def test_the_triton_kernels_on_a_larger_layer(scheme: QuantScheme, tokens: int) -> None:
+    """Several blocks of rows and of tokens, and splits of 2 and 3 trips."""
+    q = random_weight(scheme, 150, 5 * 128 - 3)
+    x = normal(tokens, tokens, q.in_features).bfloat16()
+    check_product(product(TRITON, q, x), x, q)
+
+
+def test_the_triton_kernels_round_half_to_even_and_clamp() -> None:
+    from quantkit.kernels.triton_int8 import round_activations
+
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 200.0, -128.5, -200.0, float("inf"), -float("inf")]])
+    codes, scales, sums = round_activations(x.to(DEVICE), torch.ones(1, device=DEVICE), 128)
+    assert codes[0, :12].tolist() == [0, 2, 2, 0, -2, 126, 127, 127, -128, -128, 127, -128]
+    assert not codes[0, 12:].any()
+    assert (scales.tolist(), sums.tolist()) == ([1.0], [int(codes.sum())])
+
+
+def test_the_triton_operator_keeps_torchs_contract() -> None:
+    q = random_weight(ASYM, 40, 100, dtype=torch.float16)
+    q = replace(q, codes=q.codes.to(DEVICE), scale=q.scale.to(DEVICE), zero_point=q.zero_point.to(DEVICE))
+    packed = TRITON.prepack(q, LinearSpec.of(q, torch.float16))
+    x = normal(0, 3, 100).half().to(DEVICE)
+    names = ("weight_packed", "row_scale", "row_offset")
+    torch.library.opcheck(int8_linear, (x, *(packed[name] for name in names), None, packed["counters"]))
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 17, 128])
 @pytest.mark.parametrize("scheme", [W8A8, STATIC, ASYM], ids=str)
 def test_a_real_layer(scheme: QuantScheme, tokens: int) -> None:
@@ -118,11 +161,9 @@ def test_the_largest_sums_do_not_overflow(columns: int, code: int, sign: float) 
     assert bool((product(CUDA, q, x) == found).all())
 
 
-@pytest.mark.parametrize("backend", [CPU, CUDA], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [CPU, CUDA, TRITON], ids=lambda b: b.name)
 @pytest.mark.parametrize("scheme", [W8A8, STATIC, ASYM], ids=str)
-def test_what_is_not_finite_reaches_the_output_of_its_token(
-    backend: CpuInt8Backend | CudaInt8Backend, scheme: QuantScheme
-) -> None:
+def test_what_is_not_finite_reaches_the_output_of_its_token(backend: Backend, scheme: QuantScheme) -> None:
     q = random_weight(scheme, 16, 24)
     x = normal(0, 3, 24)
     x[1, 5] = float("nan")
@@ -132,8 +173,8 @@ def test_what_is_not_finite_reaches_the_output_of_its_token(
     assert bool(torch.equal(y[[0, 2]], product(backend, q, x[[0, 2]])))
 
 
-@pytest.mark.parametrize("backend", [CPU, CUDA], ids=lambda b: b.name)
-def test_no_tokens_and_any_strides(backend: CpuInt8Backend | CudaInt8Backend) -> None:
+@pytest.mark.parametrize("backend", [CPU, CUDA, TRITON], ids=lambda b: b.name)
+def test_no_tokens_and_any_strides(backend: Backend) -> None:
     q = random_weight(ASYM, 16, 24)
     assert product(backend, q, torch.zeros(2, 0, 24)).shape == (2, 0, 16)
     x = normal(1, 24, 5, 2).permute(2, 1, 0)
@@ -182,14 +223,14 @@ def test_one_group_as_wide_as_the_row_is_a_channel() -> None:
 
 def test_prepack_refuses_another_layers_weight() -> None:
     q = random_weight(W8A8, 8, 16)
-    for backend in (CPU, CUDA):
+    for backend in (CPU, CUDA, TRITON):
         with pytest.raises(KernelError, match="give the weight of"):
             backend.prepack(q, LinearSpec.of(random_weight(STATIC, 8, 16), torch.float32))
 
 
 def test_packed_bytes() -> None:
     q = random_weight(STATIC, 64, 96)
-    for backend in (CPU, CUDA):
+    for backend in (CPU, CUDA, TRITON):
         packed = backend.prepack(q, LinearSpec.of(q, torch.bfloat16))
         assert {n: t.numel() * t.element_size() for n, t in packed.items()} == {
             "weight_packed": 64 * 96,
