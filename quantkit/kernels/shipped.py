@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from quantkit.kernels.planes import COLUMNS, ROWS, num_atoms, num_planes, num_units, stored_bits
+from quantkit.kernels.planes import COLUMNS, ROWS, num_atoms, num_planes, num_units
 from quantkit.kernels.tiles import SMS, Tile, choose_splits, choose_tile, kernel_group, trips_of
 
 _SIZE = 4096
 _TOKENS = (8, 16, 32)
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = ("float16", "bfloat16")
 _GROUPS = {2: (128, 64), 3: (128, 64), 4: (128, 64, 32, None), 8: (None, 128)}
 
 
@@ -53,14 +51,9 @@ class Variant:
         return f"{self.kernel}_{group}_{grid}_{self.dtype}_m{self.max_m}{ends}_sm{self.cc}"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of x and of the scales."""
-        return _DTYPES[self.dtype]
-
-    @property
     def tile(self) -> Tile:
         """What the launch would choose."""
-        return choose_tile(self.max_m, self.in_features, self.bits, kernel_group(self.group_size), self.torch_dtype)
+        return choose_tile(self.max_m, self.in_features, self.bits, kernel_group(self.group_size))
 
     @property
     def splits(self) -> int:
@@ -97,11 +90,6 @@ class Variant:
         columns = self.group_size or self.in_features
         return (self.bits + (16 + (0 if self.symmetric else self.bits)) / columns) / 8
 
-    @property
-    def stored(self) -> int:
-        """Bits that a code takes."""
-        return stored_bits(self.bits)
-
 
 def shipped(compute_capabilities: tuple[int, ...] = tuple(SMS)) -> tuple[Variant, ...]:
     """Every variant for a weight of 4096 x 4096, the fast form."""
@@ -113,5 +101,5 @@ def shipped(compute_capabilities: tuple[int, ...] = tuple(SMS)) -> tuple[Variant
         for symmetric in (True, False)
         for dtype in _DTYPES
         for max_m in _TOKENS
-        if choose_tile(max_m, _SIZE, bits, kernel_group(group_size), _DTYPES[dtype]).tokens == max_m
+        if choose_tile(max_m, _SIZE, bits, kernel_group(group_size)).tokens == max_m
     )

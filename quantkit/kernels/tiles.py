@@ -1,16 +1,14 @@
 """Which tile of the Triton kernels a product gets: from sizes and the machine alone, by what machine code showed.
 
 Chosen with `python -m quantkit.kernels.inspect`: two warps (on compute capability 9.0 four would select warp-group
-products, which cost more at few rows of x); 32 rows of words, 64 of W8, whose scales would else be copied two bytes at
-a time; 128 columns a trip, so that a row of words is two full cache lines.
+products, which cost more at few rows of x); 32 or 64 rows of words (of W8 always 64, whose scales would else be copied
+two bytes at a time); 128 columns a trip, so that a row of words is two full cache lines.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-
-import torch
 
 from quantkit.kernels.planes import COLUMNS, ROWS, num_atoms, num_planes, num_units
 
@@ -79,7 +77,7 @@ def why_not_group(group_size: int | None) -> str | None:
 
 
 @lru_cache(maxsize=4096)  # asked at every product
-def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: torch.dtype) -> Tile:
+def choose_tile(tokens: int, in_features: int, bits: int, group: int) -> Tile:
     """The tile for a product.
 
     Args:
@@ -87,7 +85,6 @@ def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: tor
         in_features: columns of the weight.
         bits: of the codes.
         group: see :func:`kernel_group`.
-        dtype: of x.
     """
     wide = num_atoms(in_features) % 2 == 0
     trip = _WIDE_TRIP if wide else COLUMNS
@@ -99,10 +96,10 @@ def choose_tile(tokens: int, in_features: int, bits: int, group: int, dtype: tor
         # Twice the accumulators: products of 64 columns keep all in registers, of 128 they do not.
         trip = COLUMNS
         tile_k = min(tile_k, COLUMNS)
-    rows = 64 if num_planes(bits) == 2 and block < 32 else 32
-    stages = 4 if trip == _WIDE_TRIP else 6
-    if rows == 64 or dtype == torch.float32:
-        stages = 3
+    # 64 rows of words also spread what small groups cost over more weights, where sums of 8 rows of x leave room.
+    small_groups = num_planes(bits) == 4 and 0 < group < _WIDE_TRIP and block == 8
+    rows = 64 if small_groups or (num_planes(bits) == 2 and block < 32) else 32
+    stages = {(32, _WIDE_TRIP): 4, (64, _WIDE_TRIP): 3}.get((rows, trip), 6)
     return Tile(rows, block, tile_k, trip // tile_k, max(group, tile_k) // tile_k, stages, 2)
 
 

@@ -43,7 +43,7 @@ def magic_for(
         return _FORMS[dtype][0]
     index = torch.cuda.current_device() if device.index is None else device.index
     # Layers that share kernels share the test: what counts of the columns is the width of a trip.
-    columns = 256 if choose_tile(1, in_features, bits, group, dtype).columns == 128 else 192
+    columns = 256 if choose_tile(1, in_features, bits, group).columns == 128 else 192
     return _tested(torch.device("cuda", index), dtype, bits, min(group, 128), columns, symmetric)
 
 
@@ -83,7 +83,7 @@ def _is_right(
         zero_point = torch.randint(1 << bits, (rows, groups), generator=random, dtype=torch.uint8)
     x = torch.randn(tokens, columns, generator=random).to(dtype)
     expected = x.double() @ _dense(codes, scale, zero_point).T
-    tile = choose_tile(tokens, columns, bits, group, dtype)
+    tile = choose_tile(tokens, columns, bits, group)
     words = pack_words(codes, bits).to(device)
     y = triton_launch.matvec(
         x.to(device),

@@ -104,18 +104,35 @@ def _dot(a, b, sums, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _zero_value(
-    word, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, MAGIC: tl.constexpr, DTYPE: tl.constexpr
+    word,
+    ODD: tl.constexpr,
+    J: tl.constexpr,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MAGIC: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """float32 v(z) of plane J, from int32 words whose low half holds the zero points of all planes."""
+    """float32 v(z) of plane J, from int32 words that hold the zero points of an even group and, above, of an odd one.
+
+    Masks are for both groups, so that what is the same for both is computed once.
+    """
     SHIFT: tl.constexpr = (J // WINDOW) * WINDOW * BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) << ((J % WINDOW) * BITS)
     SPLIT: tl.constexpr = BITS == 8 and MAGIC == 0x4300
     if SPLIT:
-        low = (((word >> SHIFT) & 0x7F) | MAGIC).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        high = (((word >> SHIFT) & 0x80) | MAGIC).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        return low + high
+        low = ((word >> SHIFT) & (0x7F * 65537)) | (MAGIC * 65537)
+        high = ((word >> SHIFT) & (0x80 * 65537)) | (MAGIC * 65537)
+        return _half(low, ODD, DTYPE) + _half(high, ODD, DTYPE)
     else:
-        return (((word >> SHIFT) & MASK) | MAGIC).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        return _half(((word >> SHIFT) & (MASK * 65537)) | (MAGIC * 65537), ODD, DTYPE)
+
+
+@triton.jit
+def _half(word, ODD: tl.constexpr, DTYPE: tl.constexpr):
+    """The lower or the upper half of int32 words, read as DTYPE, in float32."""
+    if ODD:
+        word = word >> 16
+    return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -186,6 +203,7 @@ def matvec_kernel(
         counters: int32 [token blocks, row blocks], 0 before and after; only SPLIT_K.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
+    PAIRED: tl.constexpr = TILES % 2 == 0 and REPEAT == 1  # a trip has both groups of a word of zero points
     tokens = tl.program_id(0)
     block = tl.program_id(1)
     split = tl.program_id(2)
@@ -220,7 +238,11 @@ def matvec_kernel(
                 index = (trip * TILES + t) // REPEAT
                 group = _columns(tl.load(s_ptr + index * (group_stride * PLANES)), ROWS, PLANES)
                 if not SYMMETRIC:
-                    zero = tl.load(zeros + (index // 2) * group_stride + scale_row) >> ((index % 2) * 16)
+                    if PAIRED:
+                        if t % 2 == 0:
+                            zero = tl.load(zeros + (index // 2) * group_stride + scale_row)
+                    else:
+                        zero = tl.load(zeros + (index // 2) * group_stride + scale_row) >> ((index % 2) * 16)
                 sums = _dot(ones, xt, tl.zeros((ROWS, TOKENS), tl.float32), INTERPRET)
                 new = ()
                 for j in tl.static_range(PLANES):
@@ -230,7 +252,7 @@ def matvec_kernel(
                     else:
                         start = tl.zeros((ROWS, TOKENS), tl.float32)
                         part = _plane_dot(word, xt, start, j, BITS, WINDOW, MAGIC, DTYPE, INTERPRET)
-                        part -= _zero_value(zero, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
+                        part -= _zero_value(zero, PAIRED and t % 2, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
                     new = new + (acc[j] + part * group[j][:, None],)
                 acc = new
             else:
@@ -251,7 +273,7 @@ def matvec_kernel(
             if SYMMETRIC:
                 part = acc[j] + _times(sums, _ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
             else:
-                part = acc[j] - _zero_value(zero, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
+                part = acc[j] - _zero_value(zero, False, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
             new = new + (part * group[j][:, None],)
         acc = new
 

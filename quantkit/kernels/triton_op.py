@@ -58,7 +58,7 @@ def planes_linear(
     if order is not None:
         x = x.index_select(1, order)
     if tokens <= MOST_TOKENS:
-        tile = choose_tile(tokens, in_features, bits, group, x.dtype)
+        tile = choose_tile(tokens, in_features, bits, group)
         splits = triton_launch.splits_on(x.device, tile, tokens, out_features, in_features, bits)
         magic = triton_check.magic_for(x.device, x.dtype, bits, group, in_features, zeros is None)
         return triton_launch.matvec(

@@ -47,29 +47,34 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finding]
     return found, directory
 
 
-def check(variant: Variant, finding: Finding) -> None:
-    """The gate: what is held of every shipped variant with 4 bits, and with 8 where it says so."""
-    assert finding["spilled"] == 0
-    assert finding["conversions"] == 0
-    assert finding["exposed_loads"] == 0
+def failures(variant: Variant, finding: Finding) -> list[str]:
+    """The gate: what is held of every shipped variant with 4 and 8 bits."""
     copies = {int(width): count for width, count in finding["copies"].items()}
-    threads = 32 * variant.tile.warps
     words_and_x = 2 * variant.tile.columns * (variant.tile.rows + variant.tile.tokens)
-    assert copies[16] * 16 * threads >= words_and_x  # smaller copies are scales and zero points
-    assert sum(copies.values()) - copies[16] <= variant.tile.tiles * (1 if variant.symmetric else 2)
     # 256 weights a product of a warp with 8 rows of x, and the sums of x: so the trip is the one that is said.
     tensor, parts = finding["pipes"]["tensor"], 2 if variant.bits == 8 and variant.dtype == "bfloat16" else 1
     least = variant.max_m / 8 / 8 * parts
-    assert least <= tensor <= least * 1.75
-    assert finding["instructions_per_weight"] <= most_instructions(variant)
+    held = {
+        "no spills": finding["spilled"] == 0,
+        "no I2F": finding["conversions"] == 0,
+        "no exposed load": finding["exposed_loads"] == 0,
+        "16-byte copies of x and codes": copies[16] * 16 * 32 * variant.tile.warps >= words_and_x,
+        "no other copies but of scales and zero points": sum(copies.values()) - copies[16] <= 2 * variant.tile.tiles,
+        "as many weights a trip as said": least <= tensor <= least * 1.75,
+        "few instructions": finding["instructions_per_weight"] <= most_instructions(variant),
+        "on the floor": variant.cc not in (80, 90) or finding["over_floor"] <= 1.05,
+    }
+    return [f"{variant.name}: {what}" for what, is_held in held.items() if not is_held]
 
 
 def most_instructions(variant: Variant) -> float:
-    """Thread-instructions a weight: at most these."""
+    """Thread-instructions a weight: at most these. An H100 takes 4.56 of W4 before it leaves the memory's speed."""
     if variant.bits == 8:
-        return {8: 3.0, 16: 4.0}[variant.max_m]
-    narrow = variant.group_size == 32  # four scales where a group of 128 has one
-    return {8: 2.0, 16: 2.3}[variant.max_m] + (0.5 if narrow and variant.max_m == 16 else 0)
+        return 3.0
+    # Four scales, and zero points, where a group of 128 has one; two where they are dearer with bfloat16.
+    small = variant.group_size == 32 and (variant.max_m == 16 or not variant.symmetric)
+    dear = variant.group_size == 64 and not variant.symmetric and (variant.max_m, variant.dtype) == (16, "bfloat16")
+    return {8: 2.7, 16: 3.8}[variant.max_m] if small or dear else {8: 2.0, 16: 2.3}[variant.max_m]
 
 
 def variants(*patterns: str, capabilities: tuple[int, ...] = (80, 90)) -> dict[str, Variant]:
@@ -83,7 +88,7 @@ class TestGate:
 
     def test_machine_code(self, dumped: tuple[dict[str, Finding], Path]) -> None:
         for name, variant in variants(*GATED).items():
-            check(variant, dumped[0][name])
+            assert failures(variant, dumped[0][name]) == []
 
     def test_predicted_time_is_the_floor(self, dumped: tuple[dict[str, Finding], Path]) -> None:
         assert {name: f["over_floor"] for name, f in dumped[0].items() if f["over_floor"] > 1.05} == {}
@@ -124,8 +129,7 @@ def test_every_w4_and_w8_variant(cc: int) -> None:
         if variant.max_m <= 16
     }
     found = findings(*wanted, "--cc", str(cc))
-    for name, variant in wanted.items():
-        check(variant, found[name])
+    assert [line for name, variant in wanted.items() for line in failures(variant, found[name])] == []
 
 
 def test_names_are_unique() -> None:

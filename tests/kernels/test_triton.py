@@ -57,7 +57,7 @@ def direct(q: QuantizedTensor, x: Tensor, *, splits: int, magic: int, bias: Tens
         bits=bits,
         group=group,
         out_features=q.out_features,
-        tile=choose_tile(len(x), q.in_features, bits, group, x.dtype),
+        tile=choose_tile(len(x), q.in_features, bits, group),
         splits=splits,
         magic=magic,
     )
@@ -177,7 +177,7 @@ def test_the_operator_keeps_torchs_contract() -> None:
 def test_every_block_has_a_counter(bits: int) -> None:
     for tokens in range(1, MOST_TOKENS + 1):
         for in_features in (64, 128):
-            tile = choose_tile(tokens, in_features, bits, 0, F16)
+            tile = choose_tile(tokens, in_features, bits, 0)
             for units in (1, 2, 3, 7):
                 blocks = -(-units * 16 // tile.rows) * -(-tokens // tile.tokens)
                 assert blocks <= num_counters(units)
