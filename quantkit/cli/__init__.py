@@ -16,6 +16,7 @@ from quantkit.cli.inspect import inspect
 from quantkit.cli.perplexity import perplexity
 from quantkit.cli.plan import plan
 from quantkit.cli.quantize import quantize
+from quantkit.cli.tune import tune
 from quantkit.cli.verify import verify
 from quantkit.errors import QuantkitError
 from quantkit.heap import use_huge_pages
@@ -30,7 +31,7 @@ app = typer.Typer(
     help="Make a causal language model small and fast without retraining. "
     "Start with: quantkit quantize builtin --output out",
 )
-for _verb in (quantize, perplexity, plan, inspect, verify, convert, generate, bench, doctor):
+for _verb in (quantize, perplexity, plan, inspect, verify, convert, generate, bench, doctor, tune):
     app.command()(_verb)
 app.command("eval")(evaluate)
 

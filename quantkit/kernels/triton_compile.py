@@ -51,7 +51,9 @@ def compile_variant(wanted: Variant) -> Machinecode:
     if triton.knobs.runtime.interpret:
         raise KernelError(message("inspect", "TRITON_INTERPRET is set", "unset it: the interpreter compiles nothing"))
     compiled = triton.compile(
-        _source(wanted), target=GPUTarget("cuda", wanted.cc, 32), options={"num_warps": wanted.tile.warps}
+        _source(wanted),
+        target=GPUTarget("cuda", wanted.cc, 32),
+        options={"num_warps": wanted.tile.warps, "maxnreg": wanted.tile.most_registers},
     )
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 

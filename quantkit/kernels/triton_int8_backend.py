@@ -31,11 +31,11 @@ _SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? stati
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, static_scale: Tensor | None, counters: Tensor
 ) -> Tensor:
-    """``x @ Wᵀ`` with x rounded to bytes; see :func:`quantkit.kernels.triton_int8.int8_product`.
+    """``x @ Wᵀ`` with x rounded to bytes; see :func:`quantkit.kernels.triton_int8_launch.int8_product`.
 
     The rounding is one kernel and the product with its scales another; no float copy of x is made.
     """
-    from quantkit.kernels import triton_int8
+    from quantkit.kernels import triton_int8_launch
 
     tokens, rows = x.shape[0], weight.shape[0]
     if tokens == 0:
@@ -44,8 +44,8 @@ def int8_linear(
         sms = _INTERPRETED_SMS
         if x.device.type == "cuda":
             sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return triton_int8.int8_product(x, weight, scale, offset, static_scale, counters, sms=sms)
-    codes, act_scales, act_sums = triton_int8.round_activations(x, static_scale, weight.shape[1])
+        return triton_int8_launch.int8_product(x, weight, scale, offset, static_scale, counters, sms=sms)
+    codes, act_scales, act_sums = triton_int8_launch.round_activations(x, static_scale, weight.shape[1])
     y = torch._int_mm(codes, weight.T) * scale
     if offset is not None:
         y.addmm_(act_sums[:, None].float(), offset[None, :])

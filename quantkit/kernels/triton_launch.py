@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from triton import knobs
 
 from quantkit.kernels.planes import COLUMNS, ROWS, num_planes, stored_bits
-from quantkit.kernels.tiles import Tile, choose_splits, trips_of
+from quantkit.kernels.tiles import Tile, choose_splits, choose_tile, trips_of
 from quantkit.kernels.triton_matvec import dense_kernel, matvec_kernel
+from quantkit.kernels.tuned import Product, lookup
 
 SUBNORMAL, MAGIC_FLOAT16, MAGIC_BFLOAT16 = 0, 0x6400, 0x4300
 """What codes are joined with: nothing, float16 1024, bfloat16 128."""
@@ -22,6 +24,7 @@ SUBNORMAL, MAGIC_FLOAT16, MAGIC_BFLOAT16 = 0, 0x6400, 0x4300
 _MANTISSA = {SUBNORMAL: 10, MAGIC_FLOAT16: 10, MAGIC_BFLOAT16: 7}  # bits
 _OFFSET = {SUBNORMAL: 0.0, MAGIC_FLOAT16: 1024.0, MAGIC_BFLOAT16: 128.0}
 _DENSE_COLUMNS = 32
+_INTERPRETED_SMS = 8
 
 
 def variant(
@@ -108,7 +111,7 @@ def matvec(
     matvec_kernel[(token_blocks, blocks, splits)](
         x, words, scale, zeros, bias, y, partial, counters,
         tokens, out_features, x.stride(0), units, atoms, per_split, trips,
-        **constants, num_warps=tile.warps,
+        **constants, num_warps=tile.warps, maxnreg=tile.most_registers,
     )  # fmt: skip
     return y.to(x.dtype)
 
@@ -139,12 +142,33 @@ def dense(
     return out
 
 
-def splits_on(device: torch.device, tile: Tile, tokens: int, out_features: int, in_features: int, bits: int) -> int:
-    """Splits of K for the SMs that the device has; the interpreter's CPU is taken for a small GPU."""
-    sms = 8
+@lru_cache(maxsize=4096)  # asked at every product
+def choice_on(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    symmetric: bool,
+) -> tuple[Tile, int]:
+    """The tile and the splits of K: what `quantkit tune` found on such a GPU, or the static choice for its SMs.
+
+    Args:
+        device: a GPU, or the CPU where the interpreter runs, which is taken for a small GPU.
+        dtype: of x.
+        tokens: rows of x, at most MOST_TOKENS.
+        shape: out_features and in_features.
+        bits, group, symmetric: the weight.
+    """
+    tile, sms = choose_tile(tokens, shape[1], bits, group), _INTERPRETED_SMS
     if device.type == "cuda":
+        product = Product(*shape, bits, group, symmetric, str(dtype).removeprefix("torch."), tile.tokens)
+        tuned = lookup(torch.cuda.get_device_name(device), product)
+        if tuned is not None:
+            return tuned.tile, tuned.splits
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return choose_splits(tile, tokens, out_features, in_features, bits, sms)
+    return tile, choose_splits(tile, tokens, *shape, bits, sms)
 
 
 def _aligned(x: Tensor, columns: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.kernels.planes import ROWS, num_planes
-from quantkit.kernels.tiles import MOST_TOKENS, choose_tile
+from quantkit.kernels.tiles import MOST_TOKENS
 
 _DENSE_WEIGHTS = 1 << 24  # of a dense tile: 32 MB, which stays in the L2 cache of large GPUs
 
@@ -58,8 +58,8 @@ def planes_linear(
     if order is not None:
         x = x.index_select(1, order)
     if tokens <= MOST_TOKENS:
-        tile = choose_tile(tokens, in_features, bits, group)
-        splits = triton_launch.splits_on(x.device, tile, tokens, out_features, in_features, bits)
+        shape = (out_features, in_features)
+        tile, splits = triton_launch.choice_on(x.device, x.dtype, tokens, shape, bits, group, zeros is None)
         magic = triton_check.magic_for(x.device, x.dtype, bits, group, in_features, zeros is None)
         return triton_launch.matvec(
             x, words, scale, zeros, bias, counters,

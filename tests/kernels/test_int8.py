@@ -122,7 +122,7 @@ def test_the_triton_kernels_on_a_larger_layer(scheme: QuantScheme, tokens: int) 
 
 
 def test_the_triton_kernels_round_half_to_even_and_clamp() -> None:
-    from quantkit.kernels.triton_int8 import round_activations
+    from quantkit.kernels.triton_int8_launch import round_activations
 
     x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 200.0, -128.5, -200.0, float("inf"), -float("inf")]])
     codes, scales, sums = round_activations(x.to(DEVICE), torch.ones(1, device=DEVICE), 128)
