@@ -13,11 +13,12 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from quantkit.arch import input_group
+from quantkit.arch import collapsed_name, input_group
 from quantkit.errors import InputError, message
 from quantkit.scheme import QuantScheme
 
 _TABLE = Path(__file__).parent / "loaders.json"
+_PLACES_SHOWN = 6
 _COMMON_GROUPS = (None, 32, 64, 128)
 
 Kind = Literal["linear", "expert", "head", "conv1d"]
@@ -43,6 +44,7 @@ class LayerFacts:
         reordered: whether the groups are not in the order of the columns (g_idx).
         fused: whether the layers that engines fuse with it have its scheme: ``equal`` or ``unequal``; ``none``: alone.
         experts: whether all experts of its block have its scheme; ``none``: no expert.
+        kept_experts: whether some experts of the model are not quantized.
         several_schemes: whether the checkpoint has more than one.
         some_asymmetric: whether one of them is asymmetric.
         dtype: of the model, such as ``bfloat16``.
@@ -61,6 +63,7 @@ class LayerFacts:
     reordered: bool
     fused: Relation
     experts: Relation
+    kept_experts: bool
     several_schemes: bool
     some_asymmetric: bool
     dtype: str
@@ -80,12 +83,11 @@ def layer_facts(
     *,
     kind: Kind,
     related: tuple[Relation, Relation],
+    kept_experts: bool,
     used: Collection[QuantScheme],
     dtype: torch.dtype,
-    desc_act: bool = False,
-    reordered: bool = False,
 ) -> LayerFacts:
-    """What the rules look at in one layer.
+    """What the rules look at in one layer whose groups are in the order of its columns.
 
     Args:
         name: of the module.
@@ -93,10 +95,9 @@ def layer_facts(
         scheme: of the layer.
         kind: see :class:`LayerFacts`.
         related: of :func:`relations`.
+        kept_experts: see :class:`LayerFacts`.
         used: all schemes of the checkpoint.
         dtype: of the model.
-        desc_act: as in the config.
-        reordered: whether the layer has a g_idx out of order.
     """
     return LayerFacts(
         name,
@@ -108,9 +109,10 @@ def layer_facts(
         scheme.group_size is not None,
         scheme.group_size in _COMMON_GROUPS,
         "none" if scheme.act_bits is None else "static" if scheme.act_static else "dynamic",
-        desc_act,
-        reordered,
+        False,
+        False,
         *related,
+        kept_experts,
         len(used) > 1,
         not all(one.symmetric for one in used),
         str(dtype).removeprefix("torch."),
@@ -129,6 +131,11 @@ class Rule:
     what: str
     fix: str
     source: str
+
+    @property
+    def about_head(self) -> bool:
+        """Whether it is about the output head alone."""
+        return all(case.get("kind") == ("head",) for case in self.when)
 
     def holds(self, facts: LayerFacts) -> bool:
         """Whether a layer is one that the rule is about."""
@@ -227,6 +234,16 @@ def broken(rules: Sequence[Rule], layers: Iterable[LayerFacts]) -> list[tuple[Ru
             if rule.holds(facts):
                 found.setdefault(rule.id, []).append(facts.name)
     return [(rule, found[rule.id]) for rule in rules if rule.id in found]
+
+
+def places(names: Sequence[str]) -> str:
+    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[collapsed_name(name)] = counts.get(collapsed_name(name), 0) + 1
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
+    more = len(shown) - _PLACES_SHOWN
+    return ", ".join(shown[:_PLACES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @cache

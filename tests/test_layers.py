@@ -54,7 +54,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("recipe", "model_config", "staging"),
     ("skeleton",),
-    ("stored", "sharding", "config_names"),
+    ("stored", "sharding", "config_names", "model_facts"),
     ("contents",),
     ("capture", "plan", "loader", "transformers"),
     ("solving", "planning"),

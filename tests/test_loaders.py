@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.loaders import LayerFacts, broken, layer_facts, newest_targets, parse_target, relations, rules_for
+from quantkit.loaders import (
+    LayerFacts,
+    Relation,
+    broken,
+    layer_facts,
+    newest_targets,
+    parse_target,
+    relations,
+    rules_for,
+)
 from quantkit.scheme import parse_scheme
 
 W4, W8 = parse_scheme("w4a16_g128"), parse_scheme("w8a16_g128")
@@ -16,7 +25,10 @@ W4, W8 = parse_scheme("w4a16_g128"), parse_scheme("w8a16_g128")
 
 def facts(scheme: str = "w4a16_g128", fmt: str = "compressed-tensors") -> LayerFacts:
     parsed = parse_scheme(scheme)
-    return layer_facts("a", fmt, parsed, kind="linear", related=("equal", "none"), used=[parsed], dtype=torch.float16)
+    related: tuple[Relation, Relation] = ("equal", "none")
+    return layer_facts(
+        "a", fmt, parsed, kind="linear", related=related, kept_experts=False, used=[parsed], dtype=torch.float16
+    )
 
 
 def test_every_rule_asks_for_facts_that_are_and_says_where_it_is_known_from() -> None:
