@@ -170,7 +170,7 @@ def test_the_readme_tells_the_published_results(name: str) -> None:
 
 
 def test_w8a8_products_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from w8a8_linear import study
+    from cpu_linear import study
 
     monkeypatch.setattr(study, "POOL_BYTES", 1)
     layers = study.contestants(48, 64)
