@@ -88,11 +88,14 @@ def test_every_family_opens_runs_and_is_saved_again(family: str, tiny: Callable[
         {"scheme": "w8a8", "method": "rtn"},
         {"scheme": "w3a16_g32", "method": "rtn", "rules": [{"match": "lm_head", "scheme": "w8a16_g32"}]},
         {"scheme": "w4a16_g32", "method": "rtn", "rules": [{"match": "*.1.*", "skip": True}]},
+        {"scheme": "w8a16_g32", "method": "rtn", "format": "gptq"},
+        {"scheme": "w3a16_g32_asym", "method": "rtn", "format": "gptq_v2"},
+        {"scheme": "w4a16_g32_asym", "method": "rtn", "format": "awq"},
     ],
-    ids=["w8a8", "head", "mixed"],
+    ids=["w8a8", "head", "mixed", "gptq", "gptq_v2", "awq"],
 )
 @torch.no_grad()
-def test_other_schemes(recipe: dict[str, Any], tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_other_schemes_and_formats(recipe: dict[str, Any], tiny: Callable[[str], Path], tmp_path: Path) -> None:
     quantkit.quantize(tiny("qwen2"), tmp_path / "q", recipe=recipe)
     model, expected = opened(tmp_path / "q"), quantkit.load(tmp_path / "q")
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
