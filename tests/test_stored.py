@@ -14,6 +14,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.checkpoint import Checkpoint
+from quantkit.report import Event, LayerDone
 
 TOKENS = torch.arange(5, 45)[None] % VOCAB
 FORMATS = ("gptq", "gptq_v2", "awq")
@@ -76,6 +77,32 @@ def test_reordered_groups(llama: Path, tmp_path: Path) -> None:
         quantkit.quantize(
             llama, tmp_path / "no", recipe={**recipe, "scheme": "w4a16_g16_asym", "format": "awq"}, tokens=tokens
         )
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_projected_size_is_the_size(llama: Path, tmp_path: Path, fmt: str) -> None:
+    recipe = {"scheme": "w4a16_g32_asym", "method": "rtn", "format": fmt}
+    result = quantkit.quantize(llama, tmp_path / "q", recipe=recipe)
+    assert result.report["size_after"] == Checkpoint(result.path).nbytes
+
+
+@pytest.mark.parametrize(("fmt", "order"), [("gptq", "group"), ("awq", "static")])
+def test_an_interrupted_run_goes_on_from_what_is_packed(llama: Path, tmp_path: Path, fmt: str, order: str) -> None:
+    """The blocks that are done are decoded from their shards to measure the next one."""
+    tokens = [torch.randint(VOCAB, (32,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    recipe = {"scheme": "w4a16_g16_asym", "method": {"name": "gptq", "act_order": order}, "format": fmt}
+    whole = quantkit.quantize(llama, tmp_path / "whole", recipe=recipe, tokens=tokens).path
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, LayerDone) and event.done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.quantize(llama, tmp_path / "q", recipe=recipe, tokens=tokens, observer=interrupt)
+    resumed = quantkit.quantize(llama, tmp_path / "q", recipe=recipe, tokens=tokens, resume=True)
+    assert resumed.report["shards_found_done"] == 1
+    for file in whole.glob("*.safetensors"):
+        assert (resumed.path / file.name).read_bytes() == file.read_bytes()
 
 
 def test_rules(llama: Path, tmp_path: Path) -> None:
