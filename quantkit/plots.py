@@ -1,10 +1,11 @@
-"""Plots of an inspection: each layer at its depth, one line for each kind of layer."""
+"""Plots of an inspection: each layer at its depth, one line for each kind of layer; of experts, their mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 
 from quantkit.errors import InputError, OutputError, message
 from quantkit.inspection import Inspection, LayerProfile
@@ -38,11 +39,11 @@ def write_plots(found: Inspection, directory: Path) -> list[Path]:
 
 
 def _draw(found: Inspection, label: str, figure: _Figure, path: Path) -> bool:
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, dict[int, list[float]]] = {}
     for layer in found.layers:
         value = figure(layer)
         if value is not None and layer.block is not None:
-            lines.setdefault(layer.name.rpartition(".")[2], []).append((layer.block, value))
+            lines.setdefault(layer.name.rpartition(".")[2], {}).setdefault(layer.block, []).append(value)
     if not lines:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,7 +53,8 @@ def _draw(found: Inspection, label: str, figure: _Figure, path: Path) -> bool:
     FigureCanvasAgg(drawing)
     axes = drawing.add_subplot()
     for kind, points in lines.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, linewidth=1, label=kind)
+        means = [fmean(values) for values in points.values()]  # of the experts of a block
+        axes.plot(list(points), means, marker="o", markersize=3, linewidth=1, label=kind)
     axes.set_xlabel("block")
     axes.set_ylabel(label)
     axes.legend(fontsize="small")
