@@ -50,7 +50,9 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finding]
 def failures(variant: Variant, finding: Finding) -> list[str]:
     """The gate: what is held of every shipped variant with 4 and 8 bits."""
     copies = {int(width): count for width, count in finding["copies"].items()}
-    words_and_x = 2 * variant.tile.columns * (variant.tile.rows + variant.tile.tokens)
+    # Eight rows of 32 columns of x are 8 bytes for each of 64 threads, so those copies are as small.
+    wide_x = variant.tile.tile_k * variant.tile.tokens > 256
+    words_and_x = 2 * variant.tile.columns * (variant.tile.rows + wide_x * variant.tile.tokens)
     # 256 weights a product of a warp with 8 rows of x, and the sums of x: so the trip is the one that is said.
     tensor, parts = finding["pipes"]["tensor"], 2 if variant.bits == 8 and variant.dtype == "bfloat16" else 1
     least = variant.max_m / 8 / 8 * parts
@@ -59,7 +61,8 @@ def failures(variant: Variant, finding: Finding) -> list[str]:
         "no I2F": finding["conversions"] == 0,
         "no exposed load": finding["exposed_loads"] == 0,
         "16-byte copies of x and codes": copies[16] * 16 * 32 * variant.tile.warps >= words_and_x,
-        "no other copies but of scales and zero points": sum(copies.values()) - copies[16] <= 2 * variant.tile.tiles,
+        "no other copies but of scales and zero points": sum(copies.values()) - copies[16]
+        <= (2 + (not wide_x)) * variant.tile.tiles,
         "as many weights a trip as said": least <= tensor <= least * 1.75,
         "few instructions": finding["instructions_per_weight"] <= most_instructions(variant),
         "on the floor": variant.cc not in (80, 90) or finding["over_floor"] <= 1.05,
