@@ -143,7 +143,7 @@ def test_an_option_of_another_method_is_not_proposed() -> None:
         ("calibration:\n  seed: true", 2, "calibration.seed"),
         ("calibration:\n  packing: random", 2, "calibration.packing"),
         ("calibration:\n  source: null", 2, "calibration.source"),
-        ("format: gptq", 1, "format"),
+        ("format: gguf", 1, "format"),
         ("dtype: float64", 1, "dtype"),
         ("dtype: 16", 1, "dtype"),
         ("activation_memory: -1", 1, "activation_memory"),

@@ -229,11 +229,10 @@ def test_prepack_refuses_another_layers_weight() -> None:
 
 
 def test_packed_bytes() -> None:
+    """Triton's rows are as long as its tiles, its scales are in float32 too, and it counts the parts of a sum."""
     q = random_weight(STATIC, 64, 96)
-    for backend in (CPU, CUDA, TRITON):
+    plain = {"weight_packed": 64 * 96, "scale": 2 * 64, "act_scale": 4}
+    tiled = {**plain, "weight_packed": 64 * 128, "row_scale": 4 * 64, "counters": 2 * 4}
+    for backend, expected in ((CPU, plain), (CUDA, plain), (TRITON, tiled)):
         packed = backend.prepack(q, LinearSpec.of(q, torch.bfloat16))
-        assert {n: t.numel() * t.element_size() for n, t in packed.items()} == {
-            "weight_packed": 64 * 96,
-            "scale": 2 * 64,
-            "act_scale": 4,
-        }
+        assert {n: t.numel() * t.element_size() for n, t in packed.items()} == expected
