@@ -104,7 +104,7 @@ def convert(
         InterruptedRunError: the disk is full; nothing is kept.
     """
     target = Path(output).expanduser().absolute()
-    check_output(target, overwrite=overwrite, resume=False)
+    check_output(target, overwrite=overwrite, resume=False, resumable=False)
     work = _checked(Checkpoint(resolve_model(model)), _target_named(to))
     shards = list(_shards(work, shard_bytes))
     staging = Staging(target, len(shards), {"convert": str(work.checkpoint.path), "to": to}, resume=False)

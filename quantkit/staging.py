@@ -37,8 +37,14 @@ _RUN = "run.json"
 _RECORDS = "records"
 
 
-def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, resume: bool, resumable: bool = True) -> None:
     """The output directory can be written, and nothing is lost that the user did not give up.
+
+    Args:
+        output: where the result is to be.
+        overwrite: what is there may be replaced.
+        resume: an interrupted run is to be continued.
+        resumable: whether this kind of run can be; else the message does not offer it.
 
     Raises:
         OutputError: it can not, or would be.
@@ -55,9 +61,8 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         )
     partial = partial_path(output)
     if partial.exists() and not (overwrite or resume):
-        raise OutputError(
-            message(str(partial), "an interrupted run is there", "--resume continues it, --overwrite starts afresh")
-        )
+        fix = "--resume continues it, --overwrite starts afresh" if resumable else "start afresh with --overwrite"
+        raise OutputError(message(str(partial), "an interrupted run is there", fix))
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir():
         raise OutputError(message(str(output), f"{parent} is not a directory", "choose another --output"))

@@ -65,6 +65,8 @@ def test_check_output(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file"):
         check_output(out / "x", overwrite=True, resume=False)
     partial_path(tmp_path / "new").mkdir()
-    with pytest.raises(OutputError, match="an interrupted run is there"):
+    with pytest.raises(OutputError, match=r"an interrupted run is there; --resume continues it"):
         check_output(tmp_path / "new", overwrite=False, resume=False)
+    with pytest.raises(OutputError, match=r"an interrupted run is there; start afresh with --overwrite"):
+        check_output(tmp_path / "new", overwrite=False, resume=False, resumable=False)
     check_output(tmp_path / "new", overwrite=False, resume=True)
