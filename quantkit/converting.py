@@ -6,7 +6,6 @@ shard at a time is in memory, each layer is decoded again from the finished file
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint import CONFIG, Checkpoint, write_json
+from quantkit.checkpoint import CONFIG, Checkpoint
 from quantkit.config_names import named_schemes, names_left_out
-from quantkit.errors import CheckpointError, InputError, InterruptedRunError, SchemeError, message
+from quantkit.errors import CheckpointError, InputError, SchemeError, message
 from quantkit.formats import FORMATS, AWQCheckpoint, CheckpointFormat, format_named, format_of
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import Note, Observer, Stage, Step, ignore
@@ -268,17 +267,8 @@ def _as_written(q: QuantizedTensor, scheme: QuantScheme, target: CheckpointForma
 
 def _write_rest(work: _Work, staging: Staging) -> int:
     """Index, configs, and the source's small files as they are; returns the bytes of all tensors."""
-    path = staging.path
-    try:
-        for file in work.checkpoint.other_files():
-            shutil.copyfile(file, path / file.name)
-    except OSError as error:
-        raise InterruptedRunError(message(str(path), f"cannot be written ({error})", "free disk space")) from error
-    total = staging.write_index()
-    write_json(path / CONFIG, {**work.checkpoint.config, "quantization_config": dict(work.config)})
-    for name, value in work.target.config_files(work.config).items():
-        write_json(path / name, value)
-    return total
+    config = {**work.checkpoint.config, "quantization_config": dict(work.config)}
+    return staging.write_rest(work.checkpoint.other_files(), {CONFIG: config, **work.target.config_files(work.config)})
 
 
 def _verify(work: _Work, digests: Mapping[str, str], path: Path, observer: Observer) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import CheckpointError, InputError, message
-from quantkit.evaluation import checkpoint_size
+from quantkit.errors import InputError, message
+from quantkit.evaluation import DEFAULT_LENGTH, check_limit, check_vocabulary, checkpoint_size, smallest_limit
 from quantkit.loader import load
 from quantkit.model_config import open_config
 from quantkit.perplexity import Progress
@@ -19,8 +19,6 @@ from quantkit.text import evaluation_documents
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEFAULT_LENGTH = 2048  # of a model whose config names no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +146,13 @@ def _line(name: str, score: RollingScore, size: int, bits: float) -> DocumentSco
 
 
 def _length(asked: int | None, models: Sequence[tuple[str, Path]]) -> int:
-    configs = [(name, open_config(path).get_text_config()) for name, path in models]
-    limits = [(limit, name) for name, c in configs if (limit := getattr(c, "max_position_embeddings", None))]
-    smallest, name = min(limits, default=(DEFAULT_LENGTH, ""))
+    smallest, name = smallest_limit([(name, open_config(path).get_text_config()) for name, path in models])
     if asked is None:
-        return int(smallest)
+        return DEFAULT_LENGTH if smallest is None else int(smallest)
     if asked < 1:
         raise InputError(message("perplexity", f"sequence_length={asked} is no token at all", "use 1 or more"))
-    if limits and asked > smallest:
-        what = f"sequence_length={asked} is more than its max_position_embeddings={smallest}"
-        raise InputError(message(name, what, f"use {smallest} or less"))
+    if smallest is not None:
+        check_limit(asked, name, smallest)
     return asked
 
 
@@ -173,9 +168,6 @@ def _documents(texts: Sequence[str], name: str, path: Path) -> tuple[int, list[D
     found = [
         Document.of(text, encode(text, add_special_tokens=not text.startswith(begins), verbose=False)) for text in texts
     ]
-    rows = open_config(path).get_text_config().vocab_size
     largest = max((max(document.tokens) for document in found if document.tokens), default=-1)
-    if largest >= rows:
-        what = f"its tokenizer gives the id {largest}, its vocabulary has {rows}"
-        raise CheckpointError(message(name, what, "use the model's own tokenizer"))
+    check_vocabulary(name, largest, open_config(path).get_text_config())
     return prefix, found

@@ -62,3 +62,9 @@ def message(where: str, what: str, fix: str) -> str:
     """One line for the user: ``where: what; fix``; characters that would move the cursor are written out."""
     line = " ".join(f"{where}: {what}; {fix}".split())
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def first_line(error: BaseException) -> str:
+    """What another program's exception says, in one line; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

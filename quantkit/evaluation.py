@@ -279,21 +279,42 @@ def update_cards(evaluation: Evaluation, paths: Sequence[Path]) -> list[Path]:
 
 def _sequence_length(asked: int | None, configs: Sequence[tuple[str, Any]]) -> tuple[int, str]:
     """The window's length, and why it is that."""
-    limits = [(limit, name) for name, config in configs if (limit := getattr(config, "max_position_embeddings", None))]
-    smallest, name = min(limits, default=(None, ""))
+    smallest, name = smallest_limit(configs)
     if asked is None:
         if smallest is None or smallest >= DEFAULT_LENGTH:
             return DEFAULT_LENGTH, "the default"
         return smallest, f"the limit of {name}, below the default of {DEFAULT_LENGTH}"
-    if smallest is not None and asked > smallest:
-        raise InputError(
-            message(
-                name,
-                f"sequence_length={asked} is more than its max_position_embeddings={smallest}",
-                f"use {smallest} or less",
-            )
-        )
+    if smallest is not None:
+        check_limit(asked, name, smallest)
     return asked, "as asked"
+
+
+def smallest_limit(configs: Sequence[tuple[str, Any]]) -> tuple[int | None, str]:
+    """The fewest positions that a model has, and that model's name; None where no config names a limit."""
+    limits = [(limit, name) for name, config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+    return min(limits, default=(None, ""))
+
+
+def check_limit(asked: int, name: str, limit: int) -> None:
+    """A model has positions for a window.
+
+    Raises:
+        InputError: it has not.
+    """
+    if asked > limit:
+        what = f"sequence_length={asked} is more than its max_position_embeddings={limit}"
+        raise InputError(message(name, what, f"use {limit} or less"))
+
+
+def check_vocabulary(name: str, largest: int, config: Any) -> None:
+    """A model has an embedding for every id that its tokenizer gave.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    if largest >= config.vocab_size:
+        what = f"its tokenizer gives the id {largest}, its vocabulary has {config.vocab_size}"
+        raise CheckpointError(message(name, what, "use the model's own tokenizer"))
 
 
 def _shared_tokens(
@@ -315,15 +336,7 @@ def _shared_tokens(
                 )
             )
     for name, config in configs:
-        largest, rows = int(first.max()) if len(first) else -1, config.vocab_size
-        if largest >= rows:
-            raise CheckpointError(
-                message(
-                    name,
-                    f"its tokenizer gives the id {largest}, its vocabulary has {rows}",
-                    "use the model's own tokenizer",
-                )
-            )
+        check_vocabulary(name, int(first.max()) if len(first) else -1, config)
     return first, special
 
 

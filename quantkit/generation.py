@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from quantkit.errors import InputError, KernelError, message
+from quantkit.errors import InputError, KernelError, first_line, message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,7 +117,7 @@ class Decoder:
         try:
             return self._logits(self._step, tokens)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             fix = "leave --compile out, or install what torch.compile needs here (a C++ compiler on a CPU)"
             raise KernelError(message("--compile", f"torch cannot compile the step ({reason})", fix)) from error
 

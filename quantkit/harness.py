@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.card import markdown_table, update_card
 from quantkit.checkpoint import write_json
-from quantkit.errors import CalibrationError, InputError, message
+from quantkit.errors import CalibrationError, InputError, first_line, message
 from quantkit.loader import load
 from quantkit.report import versions
 from quantkit.run import REPORT
@@ -200,7 +200,7 @@ def _run(
             log_samples=False,
         )
     except (OSError, ConnectionError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         fix = "check the network, or give tasks over local files by --include-path"
         raise CalibrationError(message("--tasks", f"their data cannot be had ({reason})", fix)) from error
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantkit.errors import OutputError, message
+from quantkit.errors import OutputError, first_line, message
 
 _OPTION = "--push-to-hub"
 
@@ -65,7 +65,7 @@ def push(path: Path, repo: str, api: HubApi | None = None) -> str:
         hub.create_repo(repo, exist_ok=True)
         return str(hub.upload_folder(repo_id=repo, folder_path=path, commit_message="Upload with quantkit"))
     except (*bases, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         what = f"cannot be pushed to {repo} ({reason})"
         fix = f"the checkpoint is whole; try again with: hf upload {repo} {path}"
         raise OutputError(message(str(path), what, fix)) from error

@@ -198,7 +198,7 @@ class QuantLinear(nn.Module):
         flat = grad.reshape(-1, self.out_features)
         dtype = torch.promote_types(self.spec.dtype, torch.float32)
         total = torch.zeros(flat.shape[0], self.in_features, dtype=dtype, device=grad.device)
-        for start, stop in row_blocks(self.spec):
+        for start, stop in row_blocks(self.out_features, self.in_features):
             total += flat[:, start:stop] @ dequantize(q.rows(start, stop), self.spec.dtype)
         return total.to(self.spec.dtype).view(*grad.shape[:-1], self.in_features)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CheckpointError, message
+from quantkit.errors import CheckpointError, first_line, message
 from quantkit.experts import SplitExperts
 from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
@@ -55,7 +54,7 @@ def load(
     checkpoint = skeleton.checkpoint
     for info in skeleton.experts:
         stacked = skeleton.model.get_submodule(info.name)
-        _set_module(skeleton.model, info.name, SplitExperts(stacked, info, compute))
+        skeleton.model.set_submodule(info.name, SplitExperts(stacked, info, compute))
     taken = _put_quantized(skeleton, stored_layers(skeleton, fmt, config), placed, compute, backend)
     _put_dense(skeleton, checkpoint, taken, placed, compute)
     return _finished(skeleton.model, path, placed)
@@ -70,7 +69,7 @@ def _load_dense(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrai
             path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, SafetensorError, *CONFIG_ERRORS) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             message(str(path), f"transformers cannot open it ({reason})", "repair or re-download it")
         ) from error
@@ -90,7 +89,7 @@ def _put_quantized(
         layer = QuantLinear.from_quantized(
             q, None if bias is None else bias.to(dtype), dtype=dtype, device=device, backend=backend
         )
-        _set_module(skeleton.model, info.name, layer)
+        skeleton.model.set_submodule(info.name, layer)
         taken.update(stored.names(info))
     return taken
 
@@ -131,8 +130,3 @@ def _finished(model: PreTrainedModel, path: Path, device: torch.device) -> PreTr
             raise CheckpointError(message(where, f"cannot be read ({error})", "repair or remove it")) from error
     model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     return model
-
-
-def _set_module(model: nn.Module, name: str, module: Any) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)

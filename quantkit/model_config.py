@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint import CONFIG, Checkpoint
-from quantkit.errors import CheckpointError, message
+from quantkit.errors import CheckpointError, first_line, message
 from quantkit.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_config(path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (*CONFIG_ERRORS, OSError, ImportError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             message(
                 str(path / CONFIG),

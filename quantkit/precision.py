@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def products_in_bfloat16(factors: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@cache
 def _has_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -306,15 +305,8 @@ def _report(
 def _write_rest(plan: Plan, staging: Staging, report: dict[str, Any]) -> None:
     """Everything besides the shards: index, config, recipe, report, and the source's small files as they are."""
     path = staging.path
-    try:
-        for file in plan.checkpoint.other_files():
-            shutil.copyfile(file, path / file.name)
-    except OSError as error:
-        raise InterruptedRunError(message(str(path), f"cannot be written ({error})", "free disk space")) from error
-    staging.write_index()
-    write_json(path / CONFIG, {**plan.config, "quantization_config": plan.quantization})
-    for name, value in plan.format.config_files(plan.quantization).items():
-        write_json(path / name, value)
+    config = {**plan.config, "quantization_config": plan.quantization}
+    staging.write_rest(plan.checkpoint.other_files(), {CONFIG: config, **plan.format.config_files(plan.quantization)})
     command = f"quantkit quantize {plan.checkpoint.path} --recipe {RECIPE} --output DIR"
     heading = f"The complete recipe of this checkpoint; to make it again:\n{command}"
     recipe = plan.recipe.to_yaml(heading)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.checkpoint import write_index, write_json, write_shard
-from quantkit.errors import OutputError, message
+from quantkit.errors import InterruptedRunError, OutputError, message
 from quantkit.report import (
     BlockRecord,
     LayerRecord,
@@ -148,7 +148,7 @@ class Staging:
         stored = read_json(self._records(shard), missing="start afresh with --overwrite")
         return [block_from_dict(value) for value in stored["tuned"]]
 
-    def write_index(self) -> int:
+    def _write_index(self) -> int:
         """Write the index of all shards; returns the bytes of their tensors."""
         weight_map, total = {}, 0
         for shard in range(self.num_shards):
@@ -157,6 +157,31 @@ class Staging:
                 weight_map[tensor] = name
                 total += info.nbytes
         write_index(self.path, weight_map, total)
+        return total
+
+    def write_rest(self, files: Iterable[Path], configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Everything besides the shards: the index, the source's small files as they are, and configs.
+
+        Args:
+            files: to copy.
+            configs: file name -> JSON values.
+
+        Returns:
+            bytes of the shards' tensors.
+
+        Raises:
+            InterruptedRunError: the disk is full.
+        """
+        try:
+            for file in files:
+                shutil.copyfile(file, self.path / file.name)
+        except OSError as error:
+            raise InterruptedRunError(
+                message(str(self.path), f"cannot be written ({error})", "free disk space")
+            ) from error
+        total = self._write_index()
+        for name, values in configs.items():
+            write_json(self.path / name, dict(values))
         return total
 
     def publish(self) -> None:

@@ -27,7 +27,7 @@ def generate(
     """Write on from a prompt; the text appears token by token."""
     from transformers import TextStreamer
 
-    from quantkit.generation import Decoder, Sampling, check_length, prompt_tokens, stop_tokens
+    from quantkit.generation import Decoder, Sampling, prompt_tokens, stop_tokens
     from quantkit.generation import generate as tokens_after
     from quantkit.loader import load
     from quantkit.source import open_tokenizer, resolve_model
@@ -39,7 +39,6 @@ def generate(
     tokens = prompt_tokens(tokenizer, prompt, chat=chat)
     opened = load(path, device=device, dtype=dtype, backend=backend)
     length = len(tokens) + max_new_tokens
-    check_length(opened, length)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     for token in tokens_after(
         Decoder(opened, length, compiled=compiled), tokens, max_new_tokens, stop_tokens(opened), sampling

@@ -17,7 +17,7 @@ from quantkit.scheme import QuantScheme
 
 # Weights that are dense at one time. Process CPU time of a product with one row of x (W4, bf16, 4096 x 4096, one core):
 # all at once 221 ms, by 2^22 weights 139, 2^21 57, 2^20 75, 2^18 155. Blocks that stay in the cache win.
-_BLOCK_WEIGHTS = 1 << 21
+BLOCK_WEIGHTS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,13 @@ def zero_point_rows(packed: Mapping[str, Tensor], scale: Tensor, scheme: QuantSc
         start: the first of these rows in the layer.
     """
     if scheme.symmetric:
-        return torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
+        return middle_zero_point(scale, scheme)
     return packed["zero_point"][start : start + scale.shape[0]]
+
+
+def middle_zero_point(scale: Tensor, scheme: QuantScheme) -> Tensor:
+    """The zero points that a symmetric scheme does not store: uint8, of the shape of ``scale`` and beside it."""
+    return torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
 
 
 def act_scale_tensor(q: QuantizedTensor) -> Tensor:
@@ -139,16 +144,20 @@ def act_scale_of(packed: Mapping[str, Tensor], scheme: QuantScheme) -> float | N
     return float(stored)
 
 
-def row_blocks(spec: LinearSpec, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Ranges of output rows that cover a layer, each of about 2**21 weights.
+def row_blocks(
+    out_features: int, in_features: int, multiple: int = 1, weights: int = BLOCK_WEIGHTS
+) -> Iterator[tuple[int, int]]:
+    """Ranges of output rows that cover a layer of this size.
 
     Args:
-        spec: the layer.
+        out_features: rows of the layer.
+        in_features: its columns.
         multiple: every start is a multiple of it.
+        weights: of a range, about.
     """
-    rows = max(1, _BLOCK_WEIGHTS // max(1, spec.in_features * multiple)) * multiple
-    for start in range(0, spec.out_features, rows):
-        yield start, min(start + rows, spec.out_features)
+    rows = max(1, weights // max(1, in_features * multiple)) * multiple
+    for start in range(0, out_features, rows):
+        yield start, min(start + rows, out_features)
 
 
 def linear_by_rows(
@@ -166,6 +175,6 @@ def linear_by_rows(
         ``spec.dtype`` [tokens, out].
     """
     y = x.new_empty(x.shape[0], spec.out_features)
-    for start, stop in row_blocks(spec, multiple):
+    for start, stop in row_blocks(spec.out_features, spec.in_features, multiple):
         y[:, start:stop] = linear(x, dequantize(rows(start, stop), spec.dtype))
     return y

@@ -76,7 +76,7 @@ class CpuBackend:
             packed["scale"] = q.scale.clone()
         if not spec.scheme.symmetric:
             packed["zero_point"] = q.zero_point.clone()
-        for start, stop in row_blocks(spec, _INT4_BLOCK):
+        for start, stop in row_blocks(spec.out_features, spec.in_features, _INT4_BLOCK):
             if not torch.equal(operator.codes(packed, spec, start, stop), q.codes[start:stop]):
                 what = "torch's packed layout is not understood on this CPU"
                 raise KernelError(message(str(spec), what, "choose backend='reference' and report this"))
@@ -134,7 +134,10 @@ class _Int4:
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         # By blocks of rows, because the operator packs from int32, eight times the size of the result.
-        blocks = [_int4_rows(q.rows(start, stop)) for start, stop in row_blocks(spec, _INT4_BLOCK)]
+        blocks = [
+            _int4_rows(q.rows(start, stop))
+            for start, stop in row_blocks(spec.out_features, spec.in_features, _INT4_BLOCK)
+        ]
         weight, scale, zero, zero_low = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         scale_zero = torch.stack([scale, zero], -1).transpose(0, 1)
         packed = {

@@ -109,12 +109,12 @@ def _tables(bits: int) -> Tensor:
 
 @cache
 def _product_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    return _function(matvec_ir(Kind(bits, group, tokens, symmetric, _SCALES[scale])), pointers=7, numbers=4)
+    return _function(matvec_ir(Kind(bits, group, symmetric, _SCALES[scale]), tokens), pointers=7, numbers=4)
 
 
 @cache
 def _dense_kernel(bits: int, group: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    return _function(dense_ir(Kind(bits, group, 1, symmetric, _SCALES[scale])), pointers=5, numbers=3)
+    return _function(dense_ir(Kind(bits, group, symmetric, _SCALES[scale])), pointers=5, numbers=3)
 
 
 def _function(source: str, pointers: int, numbers: int) -> Callable[..., None]:

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.kernels.base import LinearSpec, check_weight
+from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
+from quantkit.kernels.jit import aligned
 from quantkit.kernels.jit_op import panels_linear
 from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
@@ -55,8 +56,6 @@ class JitBackend:
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`."""
-        from quantkit.kernels.jit import aligned
-
         check_weight(q, spec)
         packed = {
             "words": aligned(pack_codes(q.codes, spec.scheme.bits)),
@@ -78,7 +77,7 @@ class JitBackend:
         scale = unpack_groups(packed["panel_scale"], spec.out_features)
         codes = unpack_codes(packed["words"], spec.scheme.bits, spec.out_features)
         if spec.scheme.symmetric:
-            zero_point = torch.full(scale.shape, spec.scheme.mid, dtype=torch.uint8)
+            zero_point = middle_zero_point(scale, spec.scheme)
         else:
             zero_point = unpack_groups(packed["panel_zero"], spec.out_features)
         return QuantizedTensor(codes, scale, zero_point, spec.scheme)

@@ -31,19 +31,17 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one compiled kernel is for.
+    """The weights that a compiled kernel reads.
 
     Attributes:
         bits: of a code; up to 4 are stored as nibbles, up to 8 as bytes.
         group: columns that share a scale, a multiple of the unit's; the number of groups is an argument.
-        tokens: rows of x.
         symmetric: whether there are no zero points.
         scale: LLVM's name of the scales' type: bfloat, half or float.
     """
 
     bits: int
     group: int
-    tokens: int
     symmetric: bool
     scale: str
 
@@ -51,21 +49,20 @@ class Kind:
 NAME = "kernel"
 
 
-def matvec_ir(kind: Kind) -> str:
+def matvec_ir(kind: Kind, tokens: int) -> str:
     """A module with the function ``kernel(words, scales, zeros, x, sums, tables, y, first, last, groups, rows)``.
 
     Pointers: words, scales and zeros (uint8; unused where symmetric) of all panels; x bfloat16 [tokens, in]; sums
     float32 [tokens, groups] of x (unused where symmetric); tables 2 x 32 bfloat16; y bfloat16 [tokens, rows]. Panels
-    ``first`` to ``last - 1`` are computed, at least one.
+    ``first`` to ``last - 1`` are computed, at least one. The number of tokens, rows of x, is fixed.
     """
-    return _HEADER + "\n".join(_Writer(kind).product())
+    return _HEADER + "\n".join(_Writer(kind).product(tokens))
 
 
 def dense_ir(kind: Kind) -> str:
     """A module with ``kernel(words, scales, zeros, tables, dense, first, last, groups)``.
 
     Pointers as for :func:`matvec_ir`; dense is bfloat16 [16 * (last - first), in]: ``(q - z) * scale``, rounded once.
-    The kind's tokens mean nothing here.
     """
     return _HEADER + "\n".join(_Writer(kind).dense())
 
@@ -77,7 +74,6 @@ class _Writer:
         self.kind = kind
         self.units = kind.group // unit_columns(kind.bits)
         self.unroll = next(n for n in range(min(_UNROLL, self.units), 0, -1) if self.units % n == 0)
-        self.chains = max(1, min(4, _REGISTERS // kind.tokens))  # independent sums of a token, added at the end
         self.lines: list[str] = []
         self.count = 0
 
@@ -99,9 +95,10 @@ class _Writer:
             f"shufflevector <{lanes} x {kind}> {first}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
         )
 
-    def product(self) -> list[str]:
+    def product(self, num_tokens: int) -> list[str]:
         """All lines of the product."""
-        kind, tokens = self.kind, range(self.kind.tokens)
+        kind, tokens = self.kind, range(num_tokens)
+        num_chains = max(1, min(4, _REGISTERS // num_tokens))  # independent sums of a token, added at the end
         pointers = ", ".join(
             f"ptr noalias %{name}" for name in ("words", "scales", "zeros", "x", "sums", "tables", "y")
         )
@@ -118,7 +115,7 @@ class _Writer:
         x_group = self.address("%x", "%g", kind.group * 2)
         x_tokens = [self.address(x_group, columns, 2 * t) for t in tokens]
         self.lines += ["  br label %unit", "unit:", "  %u = phi i64 [ 0, %group ], [ %u.next, %unit ]"]
-        chains = [[f"%sum.{t}.{c}" for c in range(self.chains)] for t in tokens]
+        chains = [[f"%sum.{t}.{c}" for c in range(num_chains)] for t in tokens]
         self._sums([name for chain in chains for name in chain], "group", "unit")
         sums = self._units(group_words, x_tokens, tables, [list(chain) for chain in chains])
         for chain, finals in zip(chains, sums, strict=True):
@@ -241,7 +238,7 @@ class _Writer:
                     place = self.let(f"getelementptr i8, ptr {base}, i64 {2 * column}")
                     both = self.splat(self.let(f"load i32, ptr {place}, align 2"), "i32", 16)
                     pair = self.let(f"bitcast <16 x i32> {both} to <32 x bfloat>")
-                    chain = turn % self.chains
+                    chain = turn % len(sums[token])
                     sums[token][chain] = self.let(
                         f"call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> {sums[token][chain]}, "
                         f"<32 x bfloat> {weight}, <32 x bfloat> {pair})"

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
+from quantkit.kernels.jit import dense, product
 from quantkit.kernels.panels import PANEL
 
 # From so many rows of x on, dequantizing for a dense product is faster. Milliseconds of process CPU time for
 # 4096 x 4096 on one core of an AMD Zen 5, kernels / dense: W4 g64 18/28 at 128 rows, 73/59 at 512; W8 26/42, 102/79.
 _DENSE_FROM = 192
-_DENSE_WEIGHTS = 1 << 21  # dense at one time: a block that stays in the cache
+_DENSE_WEIGHTS = BLOCK_WEIGHTS
 
 _SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, int bits, int out_features) -> Tensor"
 
@@ -37,8 +39,6 @@ def panels_linear(
 
 
 def _product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
-    from quantkit.kernels.jit import product
-
     if x.shape[0] < _DENSE_FROM:
         return product(x, words, scale, zeros, bits, out_features)
     return _dense(x, words, scale, zeros, bits, out_features)
@@ -63,12 +63,8 @@ def _shape(
 
 def _dense(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
     """Dequantized a few panels at a time, so that no layer is ever dense as a whole."""
-    from quantkit.kernels.jit import dense
-
     y = x.new_empty(x.shape[0], out_features)
-    step = max(1, _DENSE_WEIGHTS // (x.shape[1] * PANEL))
-    for start in range(0, words.shape[0], step):
-        rows = slice(start * PANEL, min((start + step) * PANEL, out_features))
-        weight = dense(words, scale, zeros, bits, slice(start, start + step))
-        y[:, rows] = linear(x, weight[: rows.stop - rows.start])
+    for start, stop in row_blocks(out_features, x.shape[1], PANEL, _DENSE_WEIGHTS):
+        weight = dense(words, scale, zeros, bits, slice(start // PANEL, -(-stop // PANEL)))
+        y[:, start:stop] = linear(x, weight[: stop - start])
     return y

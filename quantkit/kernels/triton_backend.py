@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError, message
-from quantkit.kernels.base import LinearSpec, check_weight
+from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
 from quantkit.kernels.planes import (
     COLUMNS,
     ROWS,
@@ -118,7 +118,7 @@ class TritonBackend:
         codes = unpack_words(packed["words"], bits, rows, spec.in_features)
         scale = unpack_scale(packed["scale"], repeats, rows, columns)
         if spec.scheme.symmetric:
-            zero_point = torch.full(scale.shape, spec.scheme.mid, dtype=torch.uint8, device=scale.device)
+            zero_point = middle_zero_point(scale, spec.scheme)
         else:
             zero_point = unpack_zeros(packed["zeros"], bits, repeats, rows, columns)
         g_idx = None

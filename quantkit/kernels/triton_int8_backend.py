@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit.kernels.base import LinearSpec, act_scale_of, act_scale_tensor, check_weight
+from quantkit.kernels.base import LinearSpec, act_scale_of, act_scale_tensor, check_weight, zero_point_rows
 from quantkit.kernels.int8 import why_not_int8
 from quantkit.kernels.triton_backend import why_not_here
 from quantkit.qtensor import QuantizedTensor
@@ -121,7 +121,5 @@ class TritonInt8Backend:
         """See :class:`KernelBackend`."""
         scale, scheme = packed["scale"], spec.scheme
         codes = packed["weight_packed"][:, : spec.in_features].contiguous().view(torch.uint8) + scheme.mid
-        zero_point = packed.get(
-            "zero_point", torch.full(scale.shape, scheme.mid, dtype=torch.uint8, device=scale.device)
-        )
+        zero_point = zero_point_rows(packed, scale, scheme, 0)
         return QuantizedTensor(codes, scale, zero_point, scheme, act_scale=act_scale_of(packed, scheme))

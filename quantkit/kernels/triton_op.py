@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quantkit.kernels.base import row_blocks
 from quantkit.kernels.planes import ROWS, num_planes
 from quantkit.kernels.tiles import MOST_TOKENS
 
@@ -67,9 +68,7 @@ def planes_linear(
         )  # fmt: skip
     y = x.new_empty(tokens, out_features)
     unit_rows = ROWS * num_planes(bits)
-    step = max(1, _DENSE_WEIGHTS // (in_features * unit_rows)) * unit_rows
-    for start in range(0, out_features, step):
-        rows = (start, min(start + step, out_features))
+    for rows in row_blocks(out_features, in_features, unit_rows, _DENSE_WEIGHTS):
         weight = triton_launch.dense(
             words, scale, zeros, bits=bits, group=group, rows=rows, in_features=in_features, dtype=x.dtype
         )

@@ -16,7 +16,6 @@ from quantkit.errors import CheckpointError, message
 from quantkit.experts import DOWN, GATE_UP, LEAVES, SplitExperts, disk_leaves
 from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
-from quantkit.safetensors_header import TensorInfo
 from quantkit.skeleton import Skeleton, open_skeleton
 from quantkit.stored import stored_layers
 from quantkit.transformers.packed import PackedLinear
@@ -58,16 +57,16 @@ class QuantkitQuantizer(HfQuantizer):
         compute = dtype if dtype is not None else torch.get_default_dtype()
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         skeleton = open_skeleton(checkpoint, compute)
-        schemes = stored_layers(skeleton, self._format, self._on_disk).schemes
-        members = _by_layer(skeleton.checkpoint)
+        stored = stored_layers(skeleton, self._format, self._on_disk)
+        schemes = stored.schemes
         if any(info.expert is not None and info.name in schemes for info in skeleton.linears):
             _check_no_stack(checkpoint)
             self._split_experts(model, skeleton, compute)
         for info in skeleton.linears:
-            tensors = members.get(info.stem, {})
             scheme = schemes.get(info.name)
             if scheme is None:
                 continue
+            tensors = {name.rpartition(".")[2]: skeleton.checkpoint.tensors[name] for name in stored.names(info)}
             shape = (info.out_features, info.in_features)
             packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)
             name = _name_in(model, info.name)
@@ -156,14 +155,6 @@ def _check_no_stack(checkpoint: Checkpoint) -> None:
     if stacked is not None:
         what = f"{stacked} stacks dense experts, and others are quantized one by one"
         raise CheckpointError(message(str(checkpoint.path), what, "open it with quantkit.load"))
-
-
-def _by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
-    found: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        found.setdefault(stem, {})[leaf] = info
-    return found
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str:
