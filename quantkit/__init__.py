@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         QuantkitError,
         RecipeError,
         SchemeError,
+        UnreadFormatError,
     )
     from quantkit.evaluation import EvalSpec, Evaluation, evaluate
     from quantkit.linear import QuantLinear
@@ -59,6 +60,7 @@ _HOMES = {
         "QuantkitError",
         "RecipeError",
         "SchemeError",
+        "UnreadFormatError",
     ),
     "evaluation": ("EvalSpec", "Evaluation", "evaluate"),
     "linear": ("QuantLinear",),
@@ -106,6 +108,7 @@ __all__ = [
     "Rule",
     "SchemeError",
     "SmoothQuant",
+    "UnreadFormatError",
     "convert",
     "evaluate",
     "load",

@@ -19,6 +19,10 @@ _MAX_CARD = 2**20
 # Of the source's card, what says what may be done with the model; the rest describes another file.
 _KEPT = ("license", "license_name", "license_link", "language")
 
+_FORMAT = "format"
+_FORMAT_ROW = re.compile(rf"^\| {_FORMAT} \| (?P<method>[\w-]+).*\|$", re.MULTILINE)
+_ONCE_INSTALLED = re.compile(r"(where no package for )([\w-]+)( is installed)")
+
 _LOADING = """\
 ## Loading
 
@@ -69,7 +73,7 @@ def card(report: Mapping[str, Any], recipe: str, config: Mapping[str, Any], sour
         "bits per quantized weight": f"{report['bits_per_quantized_weight']:.3f}, scales and zero points counted",
         "bits per weight": f"{report['bits_per_weight']:.3f}, over the whole checkpoint",
         "size": f"{report['size_before'] / 1e6:,.1f} MB -> {report['size_after'] / 1e6:,.1f} MB",
-        "format": str(config["quant_method"]),
+        _FORMAT: str(config["quant_method"]),
         "calibration": _calibration(report["calibration"]),
         "quantkit": str(report["environment"]["versions"]["quantkit"]),
     }
@@ -117,6 +121,28 @@ def update_card(path: Path, section: str, body: str) -> None:
         after = f"{_END.format('perplexity')}\n"
         new = text.replace(after, f"{after}\n{_section(section, body)}", 1)
     write_bytes(path / CARD, new.encode())
+
+
+def converted_card(source: Path, before: str, config: Mapping[str, Any]) -> str | None:
+    """The card of a directory whose layers are the same in another format; None where quantkit wrote none.
+
+    What was measured still holds, for the weights are the same.
+
+    Args:
+        source: the directory that was converted.
+        before: name of its format.
+        config: the new ``quantization_config``.
+    """
+    if not is_quantkit_card(source):
+        return None
+    now = str(config["quant_method"])
+    front, end, rest = (_read(source / CARD) or "").partition("\n---\n")
+    stated = _FORMAT_ROW.search(rest)
+    if stated is not None:
+        front = re.sub(rf"^- {re.escape(stated['method'])}$", f"- {now}", front, count=1, flags=re.MULTILINE)
+    row = f"| {_FORMAT} | {now}, converted by `quantkit convert` (the codes are the same) from {before} |"
+    rest = _FORMAT_ROW.sub(lambda _: row, rest, count=1)
+    return front + end + _ONCE_INSTALLED.sub(lambda found: found[1] + now + found[3], rest, count=1)
 
 
 def hub_id(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.errors import CheckpointError, InterruptedRunError, message
+from quantkit.errors import CheckpointError, InterruptedRunError, UnreadFormatError, message
 from quantkit.safetensors_header import TensorInfo, read_header
 from quantkit.strict_json import read_json
 
@@ -28,6 +28,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Where AutoGPTQ and AutoAWQ wrote what is now in config.json, and AutoRound and GPTQModel write it besides.
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+_MODELOPT_FILE = "hf_quant_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TAIL_BYTES = 2**20
 _CHECKED_AT_ONCE = 2**20  # values
@@ -110,6 +111,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: not an object, or unreadable.
+            UnreadFormatError: of a program that writes neither file.
         """
         if self.config.get("quantization_config") is not None:
             config = self.config["quantization_config"]
@@ -117,6 +119,10 @@ class Checkpoint:
                 where = f"{self.path}/{CONFIG}: quantization_config"
                 raise CheckpointError(message(where, "is not an object", "repair config.json"))
             return config
+        if (self.path / _MODELOPT_FILE).is_file():
+            what = "quantized by ModelOpt (FP8, NVFP4, ...), which is not read"
+            fix = "quantkit reads integer codes (GPTQ, AWQ, compressed-tensors): give such a model, or the 16-bit one"
+            raise UnreadFormatError(message(f"{self.path}/{_MODELOPT_FILE}", what, fix))
         if not any(name.endswith(".qweight") for name in self.tensors):
             return None
         there = next((name for name in QUANTIZATION_FILES if (self.path / name).is_file()), None)

@@ -15,8 +15,6 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.skeleton import LinearInfo, Skeleton, expected_tensors
 from quantkit.stored import StoredLayers
 
-_BYTES_A_WEIGHT = 8  # the widest codes with a float32 scale for each of them
-_SLACK = 2**20
 _ROWS_AT_ONCE = 2**22  # codes
 _OFF_BY_ONE = 0.3  # steps
 _TELLING_BITS = 4  # with more, a step is so small that a weight's own mean can be one
@@ -60,12 +58,10 @@ def check_contents(skeleton: Skeleton, stored: StoredLayers | None, visitor: Vis
 
 def _check_layer(stored: StoredLayers, info: LinearInfo, visitor: Visitor, offsets: list[float]) -> Iterator[Finding]:
     """A quantized layer decodes, and nothing lies beside its tensors."""
-    infos = {name: stored.checkpoint.tensors[name] for name in stored.names(info)}
-    most = _BYTES_A_WEIGHT * info.out_features * info.in_features + _SLACK
-    total = sum(one.nbytes for one in infos.values())
-    if total > most:  # not read: a stranger's file may hold more than the memory
-        what = f"its tensors have {total} bytes, and a layer of {[info.out_features, info.in_features]} at most {most}"
-        yield Finding("shape", "error", info.name, what, "check config.json against the weights")
+    names = stored.names(info)
+    reason = stored.why_too_large(info)
+    if reason is not None:
+        yield Finding("shape", "error", info.name, reason, "check config.json against the weights")
         return
     try:
         q, _ = stored.read(info)
@@ -73,9 +69,9 @@ def _check_layer(stored: StoredLayers, info: LinearInfo, visitor: Visitor, offse
         yield of_error("layer", error)
         return
     leaves = {"bias", *stored.format.tensors}
-    if f"{info.stem}.{stored.format.tensors[0]}" not in infos:
+    if f"{info.stem}.{stored.format.tensors[0]}" not in names:
         leaves.add("weight")  # the codes themselves, of int-quantized
-    for name in infos:
+    for name in names:
         if name.rpartition(".")[2] not in leaves:
             what = f"lies beside the tensors of a {stored.format.name} layer"
             yield Finding("extra", "error", name, what, "remove it, or the codes: loaders differ in what they take")

@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint import CONFIG, Checkpoint
+from quantkit.card import CARD, converted_card, hub_id
+from quantkit.checkpoint import CONFIG, Checkpoint, write_bytes
 from quantkit.config_names import named_schemes, names_left_out
 from quantkit.errors import CheckpointError, InputError, SchemeError, message
 from quantkit.formats import FORMATS, AWQCheckpoint, CheckpointFormat, format_named, format_of
 from quantkit.qtensor import QuantizedTensor
-from quantkit.report import Note, Observer, Stage, Step, ignore
+from quantkit.report import Note, Observer, Stage, Step, ignore, versions
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, open_skeleton
 from quantkit.source import resolve_model
 from quantkit.staging import Staging, check_output
 from quantkit.stored import StoredLayers, stored_layers
+from quantkit.strict_json import read_json
 
+RECORD = "conversion.json"
 _SHARD_BYTES = 2**30
 
 
@@ -140,13 +143,16 @@ def _checked(checkpoint: Checkpoint, target: CheckpointFormat) -> _Work:
     if config is None:
         fix = "give a quantized model, or quantize this one with quantkit quantize --format"
         raise CheckpointError(message(str(checkpoint.path), "is not quantized", fix))
+    source = format_of(config)
     skeleton = open_skeleton(checkpoint, checkpoint.float_dtype)
-    stored = stored_layers(skeleton, format_of(config), config)
+    stored = stored_layers(skeleton, source, config)
     layers = {info.name: info for info in skeleton.linears if info.name in stored.schemes}
     if not layers:
         raise CheckpointError(
             message(str(checkpoint.path), "its config and its tensors agree on no quantized layer", "check config.json")
         )
+    for info in layers.values():
+        stored.check_size(info)
     schemes, notes = _target_schemes(stored, layers, target)
     for name, info in layers.items():
         reason = target.why_not(schemes[name], (info.out_features, info.in_features))
@@ -266,9 +272,38 @@ def _as_written(q: QuantizedTensor, scheme: QuantScheme, target: CheckpointForma
 
 
 def _write_rest(work: _Work, staging: Staging) -> int:
-    """Index, configs, and the source's small files as they are; returns the bytes of all tensors."""
+    """Index, configs, the source's small files as they are, and what was done; returns the bytes of all tensors.
+
+    recipe.yaml and report.json, where they are, tell of the run that found the codes, and stay. The conversions since
+    then are in a file of their own; a model card that quantkit wrote names the format that is there now.
+    """
     config = {**work.checkpoint.config, "quantization_config": dict(work.config)}
-    return staging.write_rest(work.checkpoint.other_files(), {CONFIG: config, **work.target.config_files(work.config)})
+    records = {CONFIG: config, RECORD: _record(work), **work.target.config_files(work.config)}
+    total = staging.write_rest(work.checkpoint.other_files(), records)
+    text = converted_card(work.checkpoint.path, work.stored.format.name, work.config)
+    if text is not None:
+        write_bytes(staging.path / CARD, text.encode())
+    return total
+
+
+def _record(work: _Work) -> dict[str, Any]:
+    """What conversion.json holds: every conversion since the codes were found, the last one last.
+
+    Raises:
+        CheckpointError: the source's own is not one.
+    """
+    source = work.checkpoint.path
+    before = read_json(source / RECORD, missing="").get("conversions") if (source / RECORD).is_file() else []
+    if not isinstance(before, list):
+        raise CheckpointError(message(str(source / RECORD), "holds no list of conversions", "repair or remove it"))
+    done = {
+        "from": work.stored.format.name,
+        "to": work.target.name,
+        "source": hub_id(source) or source.name,
+        "notes": list(work.notes),
+        "versions": versions(),
+    }
+    return {"conversions": [*before, done]}
 
 
 def _verify(work: _Work, digests: Mapping[str, str], path: Path, observer: Observer) -> None:

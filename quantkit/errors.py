@@ -5,6 +5,7 @@
     │   ├── SchemeError       a quantization scheme that is not possible, or not possible here
     │   ├── RecipeError       a recipe file or flag
     │   ├── CheckpointError   a model directory, its config or its tensors
+    │   │   └── UnreadFormatError  a quantization that quantkit does not read (FP8, NVFP4, bitsandbytes, ...)
     │   ├── CalibrationError  calibration or evaluation text
     │   └── OutputError       the output directory
     ├── HessianError          a Hessian that is not positive definite
@@ -36,6 +37,10 @@ class RecipeError(InputError):
 
 class CheckpointError(InputError):
     """A model directory: its config, its safetensors files or the tensors in them."""
+
+
+class UnreadFormatError(CheckpointError):
+    """A checkpoint that may be as it should be, in a quantization that quantkit does not read."""
 
 
 class CalibrationError(InputError):

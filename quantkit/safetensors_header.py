@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from quantkit.errors import CheckpointError, message
+from quantkit.errors import CheckpointError, UnreadFormatError, message
 from quantkit.strict_json import parse_object
 
 _LENGTH_BYTES = 8
@@ -41,6 +41,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Floating-point numbers of 8 bits or less, and their scales: FP8, NVFP4, MXFP4 and the like.
+_NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         raise _broken(where, f"its shape is {_short(shape)}")
     if not _integers(place, 2) or len(place) != 2 or place[0] > place[1]:
         raise _broken(where, f"its data_offsets are {_short(place)}")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
+    stated = entry.get("dtype")
+    if isinstance(stated, str) and stated in _NARROW:
+        fix = "quantkit reads integer codes (GPTQ, AWQ, compressed-tensors): give such a model, or the 16-bit one"
+        raise UnreadFormatError(message(where, f"dtype {stated!r} is not read", fix))
+    dtype = _DTYPES.get(stated) if isinstance(stated, str) else None
     if dtype is None:
         raise CheckpointError(
-            message(
-                where, f"dtype {_short(entry.get('dtype'))} is not read", f"convert it to one of {', '.join(_DTYPES)}"
-            )
+            message(where, f"dtype {_short(stated)} is not read", f"convert it to one of {', '.join(_DTYPES)}")
         )
     info = TensorInfo(path.name, dtype, tuple(shape))
     if info.nbytes != place[1] - place[0]:

@@ -15,6 +15,9 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton
 
+_BYTES_A_WEIGHT = 8  # the widest codes with a float32 scale for each of them
+_SLACK = 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class StoredLayers:
@@ -36,12 +39,31 @@ class StoredLayers:
         """The names on disk of a layer's tensors, its bias among them."""
         return self.members.get(info.stem, ())
 
+    def why_too_large(self, info: LinearInfo) -> str | None:
+        """Why a layer's tensors are nothing to read: a stranger's may hold more than the memory; None: they can be."""
+        total = sum(self.checkpoint.tensors[name].nbytes for name in self.names(info))
+        most = _BYTES_A_WEIGHT * info.out_features * info.in_features + _SLACK
+        if total <= most:
+            return None
+        return f"its tensors have {total} bytes, and a layer of {[info.out_features, info.in_features]} at most {most}"
+
+    def check_size(self, info: LinearInfo) -> None:
+        """Refuse a layer whose tensors are larger than the model's config allows, before one is read.
+
+        Raises:
+            CheckpointError: it is; see :meth:`why_too_large`.
+        """
+        reason = self.why_too_large(info)
+        if reason is not None:
+            raise CheckpointError(message(info.name, reason, "check config.json against the weights"))
+
     def read(self, info: LinearInfo) -> tuple[QuantizedTensor, Tensor | None]:
         """The quantized weight of a layer, and its bias as stored.
 
         Raises:
             CheckpointError: tensors that are missing or contradict the config or the model.
         """
+        self.check_size(info)
         scheme = self.schemes[info.name]
         reason = scheme.why_not(info.in_features)
         if reason is not None:

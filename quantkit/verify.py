@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit.checkpoint import QUANTIZATION_FILES, Checkpoint
 from quantkit.contents import Visitor, check_contents
 from quantkit.digest import digest
-from quantkit.errors import CheckpointError, InputError, message
+from quantkit.errors import CheckpointError, InputError, UnreadFormatError, message
 from quantkit.findings import Finding, Severity, of_error
 from quantkit.formats import format_of
 from quantkit.loaders import Target, broken, layout_in, parse_target, places, rules_for
@@ -91,6 +91,7 @@ def verify(model: str | Path, *, target: str | None = None, tensor_parallel: int
 
     Raises:
         InputError: no such directory, program or number of shards. What is wrong with the checkpoint is in the result.
+        UnreadFormatError: a quantization that quantkit does not read, and so cannot say anything of.
     """
     path = resolve_model(model)
     wanted = None if target is None else parse_target(target)
@@ -98,6 +99,8 @@ def verify(model: str | Path, *, target: str | None = None, tensor_parallel: int
         raise InputError(message("--tensor-parallel", f"{tensor_parallel} shards", f"choose 1 to {_MAX_SHARDS}"))
     try:
         checkpoint = Checkpoint(path)
+    except UnreadFormatError:
+        raise
     except CheckpointError as error:
         return Verification(path, None, wanted, tensor_parallel, 0, 0, 0, (of_error("files", error),))
     skeleton, stored, findings = _open(checkpoint)
@@ -131,8 +134,11 @@ def _open(checkpoint: Checkpoint) -> tuple[Skeleton | None, StoredLayers | None,
     """The model and its quantized layers, or what is in the way."""
     try:
         config = checkpoint.quantization
+        fmt = None if config is None else format_of(config)
         skeleton = open_skeleton(checkpoint, checkpoint.float_dtype)
-        stored = None if config is None else stored_layers(skeleton, format_of(config), config)
+        stored = None if fmt is None or config is None else stored_layers(skeleton, fmt, config)
+    except UnreadFormatError:
+        raise
     except CheckpointError as error:
         return None, None, [of_error("config", error)]
     return skeleton, stored, list(_two_configs(checkpoint))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import MOE_FAMILIES, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -264,3 +265,39 @@ def test_in_place_on_the_command_line(llama: Path, tmp_path: Path) -> None:
     assert Checkpoint(source).config["quantization_config"]["sym"] is True
     assert torch.equal(logits(source), expected)
     assert {p.name for p in tmp_path.iterdir()} == {"q"}
+
+
+def test_what_was_done_is_told(llama: Path, tmp_path: Path) -> None:
+    """The run's recipe and report stay as they were; conversion.json and the card say what was done since."""
+    source = quantized(llama, tmp_path / "q", scheme="w4a16_g16_asym")
+    quantkit.convert(source, tmp_path / "a", "awq")
+    quantkit.convert(tmp_path / "a", tmp_path / "b", "gptq_v2")
+    for name in ("recipe.yaml", "report.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes()
+    first, second = json.loads((tmp_path / "b" / "conversion.json").read_text())["conversions"]
+    assert (first["from"], first["to"], first["source"]) == ("compressed-tensors", "awq", "q")
+    assert (second["from"], second["to"], second["source"]) == ("awq", "gptq_v2", "a")
+    assert (
+        second["versions"]["quantkit"]
+        == json.loads((source / "report.json").read_text())["environment"]["versions"]["quantkit"]
+    )
+    before, after = ((path / "README.md").read_text() for path in (source, tmp_path / "b"))
+    assert "| format | gptq, converted by `quantkit convert` (the codes are the same) from awq |" in after
+    assert yaml.safe_load(after.split("---\n")[1])["tags"] == ["quantkit", "gptq", "rtn"]
+    assert "where no package for gptq is installed" in after
+    changed = [line for line, other in zip(before.splitlines(), after.splitlines(), strict=True) if line != other]
+    assert len(changed) == 3
+
+
+def test_a_card_of_somebody_else_stays(llama: Path, tmp_path: Path) -> None:
+    source = quantized(llama, tmp_path / "q")
+    for name in ("recipe.yaml", "report.json"):
+        (source / name).unlink()
+    (source / "README.md").write_text("# Mine\n\n| format | compressed-tensors |\n")
+    quantkit.convert(source, tmp_path / "g", "gptq")
+    assert (tmp_path / "g" / "README.md").read_bytes() == (source / "README.md").read_bytes()
+    assert len(json.loads((tmp_path / "g" / "conversion.json").read_text())["conversions"]) == 1
+    (tmp_path / "g" / "conversion.json").write_text('{"conversions": 3}')
+    with pytest.raises(quantkit.CheckpointError, match=r"conversion\.json: holds no list"):
+        quantkit.convert(tmp_path / "g", tmp_path / "no", "awq")
+    assert not (tmp_path / "no").exists()

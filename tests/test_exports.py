@@ -47,6 +47,7 @@ PUBLIC = {
     "Result",
     "Rule",
     "SchemeError",
+    "UnreadFormatError",
     "convert",
     "evaluate",
     "load",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quantkit
 from quantkit.arch import is_transposed
+from quantkit.checkpoint import Checkpoint
 from quantkit.linear import QuantLinear
 from quantkit.run import prepare
 
@@ -163,3 +164,61 @@ def test_a_dense_model_without_a_tensor_is_not_filled_with_noise(tiny: Callable[
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(quantkit.QuantkitError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
         quantkit.load(path)
+
+
+def by_transformers(path: Path, output: Path) -> object:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def by_load(path: Path, output: Path) -> object:
+    return quantkit.load(path)
+
+
+def by_convert(path: Path, output: Path) -> object:
+    return quantkit.convert(path, output, "awq")
+
+
+@pytest.mark.parametrize("leaf", ["weight_packed", "weight_zero_point", "weight_g_idx", "bias"])
+@pytest.mark.parametrize("way", [by_load, by_transformers, by_convert])
+def test_a_layer_larger_than_the_model_allows_is_not_read(
+    way: Callable[[Path, Path], object], leaf: str, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 GB of zeros that take no disk; refused by the header, and nothing of the layer is asked for."""
+    name = f"model.layers.1.mlp.up_proj.{leaf}"
+    weights = quantized / "model-00002-of-00004.safetensors"
+    tensors = load_file(weights)
+    index = json.loads((quantized / "model.safetensors.index.json").read_text())
+    if leaf in ("weight_g_idx", "bias"):
+        index["weight_map"][name] = weights.name
+        (quantized / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({**tensors, name: torch.zeros(1, dtype=torch.int32)}, weights)
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = max(one["data_offsets"][1] for key, one in header.items() if key != "__metadata__")
+    gap_start, gap_stop = header[name]["data_offsets"]
+    rest = bytearray(data[8 + length :])
+    del rest[gap_start:gap_stop]
+    for key, one in header.items():
+        if key != "__metadata__" and one["data_offsets"][0] >= gap_stop:
+            one["data_offsets"] = [offset - (gap_stop - gap_start) for offset in one["data_offsets"]]
+    end -= gap_stop - gap_start
+    header[name] = {"dtype": "I32", "shape": [2**20, 2**10], "data_offsets": [end, end + 2**32]}
+    text = json.dumps(header).encode()
+    with weights.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + rest)
+        file.truncate(8 + len(text) + end + 2**32)
+    asked: list[str] = []
+    read = Checkpoint.read
+
+    def noted(self: Checkpoint, names: Any, *args: Any) -> Any:
+        asked.extend(names := list(names))
+        return read(self, names, *args)
+
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    with pytest.raises(
+        quantkit.CheckpointError, match=r"layers\.1\.mlp\.up_proj: its tensors have 42949\d+ bytes, and"
+    ):
+        way(quantized, tmp_path / "out")
+    assert name not in asked
+    assert not (tmp_path / "out").exists()

@@ -27,7 +27,8 @@ def verify(
 ) -> None:
     """Check anybody's checkpoint: files, names, shapes, values, config, and what a program would make of it.
 
-    Exit code 0: nothing was found; 1: something was; 2: it could not be checked (no such directory or program).
+    Exit code 0: nothing was found; 1: something was; 2: it could not be checked (no such directory or program, or a
+    quantization that quantkit does not read).
     """
     from json import dumps
 

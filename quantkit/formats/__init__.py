@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.errors import CheckpointError, message
+from quantkit.errors import UnreadFormatError, message
 from quantkit.formats.awq import AWQCheckpoint
 from quantkit.formats.base import CheckpointFormat
 from quantkit.formats.compressed_tensors import CompressedTensors
@@ -23,13 +23,15 @@ def format_of(config: Mapping[str, Any]) -> CheckpointFormat:
     """The format of a ``quantization_config``.
 
     Raises:
-        CheckpointError: none that quantkit reads.
+        UnreadFormatError: none that quantkit reads.
     """
     for candidate in FORMATS:
         if candidate.reads(config):
             return candidate
     method = config.get("quant_method")
-    raise CheckpointError(
+    if method is None and any(key in config for key in ("load_in_4bit", "load_in_8bit")):
+        method = "bitsandbytes"  # its older configs have no name
+    raise UnreadFormatError(
         message(
             "config.json: quantization_config",
             f"quant_method {method!r} is not read",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from quantkit.arch import fused_names
-from quantkit.errors import CheckpointError, SchemeError, message
+from quantkit.errors import CheckpointError, SchemeError, UnreadFormatError, message
 from quantkit.formats.checks import FLOATS, check_scale, check_tensor
 from quantkit.packing import pack, packed_words, unpack
 from quantkit.patterns import Patterns, Targets
@@ -177,6 +177,7 @@ class CompressedTensors:
 
     def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
+        _check_layouts(config)
         try:
             parsed = _Config.model_validate(dict(config))
         except ValidationError as error:
@@ -191,7 +192,8 @@ class CompressedTensors:
             ) from error
         for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
             if getattr(parsed, key):
-                raise CheckpointError(message(f"{_WHERE}.{key}", "is not run", "quantkit runs quantized weights alone"))
+                fix = "quantkit runs quantized weights alone"
+                raise UnreadFormatError(message(f"{_WHERE}.{key}", "is not run", fix))
         groups = [(group, _scheme(name, group, parsed.format)) for name, group in parsed.config_groups.items()]
         patterns = Patterns(_WHERE)
         ignored = Targets(tuple(parsed.ignore or ()), patterns)
@@ -209,6 +211,20 @@ class CompressedTensors:
             if scheme is not None:
                 found[linear] = scheme
         return found
+
+
+def _check_layouts(config: Mapping[str, Any]) -> None:
+    """Refuse the layouts of the same package that quantkit does not read by name, before their details."""
+    groups = config.get("config_groups")
+    stated = [("", config.get("format"))]
+    if isinstance(groups, dict):
+        stated += [
+            (f".config_groups.{name}", one.get("format")) for name, one in groups.items() if isinstance(one, dict)
+        ]
+    for where, layout in stated:
+        if isinstance(layout, str) and layout not in (_PACKED, _INT8, _MIXED):
+            fix = f"quantkit reads {_PACKED} (weights of 2 to 8 bits) and {_INT8} (W8A8)"
+            raise UnreadFormatError(message(f"{_WHERE}{where}.format", f"{layout!r} is not read", fix))
 
 
 def _encode_packed(q: QuantizedTensor) -> dict[str, Tensor]:

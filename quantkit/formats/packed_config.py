@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from quantkit.errors import CheckpointError, SchemeError, message
+from quantkit.errors import CheckpointError, SchemeError, UnreadFormatError, message
 from quantkit.formats.dynamic import Rules
 from quantkit.scheme import QuantScheme
 
@@ -164,10 +164,10 @@ def _validated(model: type[Any], value: Mapping[str, Any], where: str) -> Any:
 
 def _check_weights(where: str, data_type: str, act_bits: int | None) -> None:
     if data_type not in ("int", "int_sym", "int_asym"):
-        raise CheckpointError(message(f"{where}.data_type", f"{data_type!r} is not read", "quantkit reads 'int'"))
+        raise UnreadFormatError(message(f"{where}.data_type", f"{data_type!r} is not read", "quantkit reads 'int'"))
     if act_bits is not None and act_bits < _UNQUANTIZED_BITS:
         what = f"{act_bits}-bit activations are not read in this format"
-        raise CheckpointError(message(f"{where}.act_bits", what, "quantkit reads them in compressed-tensors"))
+        raise UnreadFormatError(message(f"{where}.act_bits", what, "quantkit reads them in compressed-tensors"))
 
 
 def _known(key: str, value: object, layouts: Mapping[str, str]) -> str:
@@ -177,5 +177,5 @@ def _known(key: str, value: object, layouts: Mapping[str, str]) -> str:
     return found
 
 
-def _unread(key: str, value: object, read: tuple[str, ...]) -> CheckpointError:
-    return CheckpointError(message(f"{_WHERE}.{key}", f"{value!r} is not read", f"quantkit reads {', '.join(read)}"))
+def _unread(key: str, value: object, read: tuple[str, ...]) -> UnreadFormatError:
+    return UnreadFormatError(message(f"{_WHERE}.{key}", f"{value!r} is not read", f"quantkit reads {', '.join(read)}"))

@@ -66,6 +66,7 @@ class QuantkitQuantizer(HfQuantizer):
             scheme = schemes.get(info.name)
             if scheme is None:
                 continue
+            stored.check_size(info)  # before transformers reads them
             tensors = {name.rpartition(".")[2]: skeleton.checkpoint.tensors[name] for name in stored.names(info)}
             shape = (info.out_features, info.in_features)
             packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)

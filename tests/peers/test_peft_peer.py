@@ -113,3 +113,10 @@ def test_what_would_change_the_quantized_weight_is_refused(model: Any) -> None:
         adapted(model, use_dora=True)
     with pytest.raises(quantkit.InputError, match="the weight under the adapter is quantized"):
         adapted(model).merge_and_unload()
+
+
+def test_without_quantkits_entry_the_error_says_what_to_do(model: Any) -> None:
+    """PEFT takes layers of others from a config alone; the day that it takes them otherwise, this is not needed."""
+    plain = peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"QuantLinear.*quantkit\.transformers\.lora\(config\).* is not supported"):
+        peft.get_peft_model(model, plain)
