@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from families import save_tiny, tiny_config
-from layers import fastest_cpu
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -161,30 +160,10 @@ def test_a_table_is_put_between_the_marks(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["smollm2", "memory", "quality", "solver"])
+@pytest.mark.parametrize("name", ["smollm2", "memory", "quality", "solver", "speed"])
 def test_the_readme_tells_the_published_results(name: str) -> None:
     from importlib import import_module
 
     study = import_module(f"{name}.study")
     results = json.loads((EVALS / name / "results.json").read_text())
     assert study.render(results) in (EVALS / name / "README.md").read_text()
-
-
-@pytest.mark.skipif(fastest_cpu() != "cpu_jit", reason="the study is of kernels that this CPU cannot run")
-def test_cpu_products_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpu_linear import study
-
-    monkeypatch.setattr(study, "POOL_BYTES", 1)
-    layers = study.contestants(48, 64)
-    seconds = study.measure(layers, 64, 3, rounds=2)
-    assert set(seconds) == set(layers)
-    assert all(value > 0 for value in seconds.values())
-    nbytes = {name: study.nbytes(own[0]) for name, own in layers.items()}
-    assert nbytes["F.linear, bfloat16"] == 2 * 48 * 64
-    case = {"shape": [48, 64], "tokens": 1, "seconds": seconds, "nbytes": nbytes, "read_bytes_per_second": 1e9}
-    where = {"date": "d", "cores": 1, "cpu": "c", "threads": "1", "load_average_at_start": 0.0, "torch": "t"}
-    table = study.render({"cases": [case], "rounds": 2, "where": {**where, "transformers": "t", "quantkit": "q"}})
-    assert "| 48x64, 1 |" in table
-    assert "| 48x64 |" in table
-    with pytest.raises(AssertionError, match=r"w8a8.*relative error"):
-        study.check("w8a8", torch.ones(3), torch.full((3,), 1.1, dtype=torch.float64))

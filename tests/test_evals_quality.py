@@ -159,16 +159,16 @@ def test_a_problem_is_drawn_from_its_seed_and_is_one_that_gptq_can_gain_on(tmp_p
 
 def test_a_worker_answers_what_it_is_asked(tmp_path: Path) -> None:
     from solver.problem import write_problem
-    from solver.study import Worker, loss
+    from solver.study import ask, loss, start
 
     problem = tmp_path / "problem.safetensors"
     write_problem(problem, 32, 128)
     tensors = load_file(problem)
-    worker = Worker("quantkit", tmp_path)
+    worker = start("quantkit", tmp_path)
     losses: dict[str, float] = {}
     try:
         for options in ("natural", "static"):
-            answer: dict[str, Any] = worker.ask(problem, options, tmp_path / "solved")
+            answer: dict[str, Any] = ask(worker, problem, options, tmp_path / "solved")
             assert answer["cpu_seconds"] > 0
             assert answer["peak_bytes"] > 1e6
             losses[options] = loss(tensors["weight"], load_file(tmp_path / "solved")["weight"], tensors["hessian"])

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +24,11 @@ from measure import about, surroundings
 from safetensors.torch import load_file
 from table import markdown, replace_results
 from torch import Tensor
+from worker import Worker, running
 
 from solver.problem import write_problem
 
 HERE = Path(__file__).resolve().parent
-EVALS = HERE.parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 MB = 1e6
 SHAPES = ("576x576", "1536x576", "576x1536", "4096x4096", "11008x4096", "4096x11008")  # out x in
@@ -54,45 +51,15 @@ _LARGE = 4096 * 4096  # weights from which on one repeat, and one that does not 
 SCHEME = {"bits": 4, "symmetric": True, "group_size": 64}
 
 
-class Worker:
-    """A program that solves what it is asked."""
-
-    def __init__(self, program: str, peers: Path) -> None:
-        python = sys.executable if program == "quantkit" else str(peers / program / "bin" / "python")
-        self.program = program
-        paths = [str(EVALS), *([os.environ.get("PYTHONPATH", "")] if program == "quantkit" else [])]
-        read, write = os.pipe()
-        self.answers = os.fdopen(read)
-        self.process = subprocess.Popen(
-            [python, str(HERE / "workers" / f"{program}_solve.py"), str(write)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(write,),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-            text=True,
-        )
-        os.close(write)
-
-    def ask(self, problem: Path, options: str, output: Path) -> dict[str, Any]:
-        request = {"problem": str(problem), "options": options, "output": str(output), **SCHEME}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.answers.readline()
-        if not answer:
-            sys.exit(f"{self.program}: its worker ended with exit code {self.process.wait()} at {request}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+def start(program: str, peers: Path) -> Worker:
+    """A program that solves what it is asked, in its own environment."""
+    python = sys.executable if program == "quantkit" else str(peers / program / "bin" / "python")
+    return Worker(program, python, HERE / "workers" / f"{program}_solve.py", environment={"OMP_NUM_THREADS": "1"})
 
 
-@contextmanager
-def workers(programs: list[str], peers: Path) -> Iterator[dict[str, Worker]]:
-    with ExitStack() as stack:
-        found = {program: Worker(program, peers) for program in programs}
-        for worker in found.values():
-            stack.callback(worker.process.kill)
-        yield found
+def ask(worker: Worker, problem: Path, options: str, output: Path) -> dict[str, Any]:
+    """What a solve took."""
+    return worker.ask({"problem": str(problem), "options": options, "output": str(output), **SCHEME})
 
 
 def main() -> None:
@@ -101,9 +68,10 @@ def main() -> None:
     asked = [(p, o) for p, o in ASKED if p in programs and o in args.options]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"shapes": {}}
     results["surroundings"] = surroundings()
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory, workers(programs, args.peers) as running:
+    starts = {program: partial(start, program, args.peers) for program in programs}
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory, running(starts) as workers:
         for shape in args.shape:
-            found = one_shape(shape, asked, running, args.repeats, Path(directory))
+            found = one_shape(shape, asked, workers, args.repeats, Path(directory))
             results["shapes"].setdefault(shape, {}).update(found)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     replace_results(README, render(results))
@@ -120,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def one_shape(
-    shape: str, asked: list[tuple[str, str]], running: dict[str, Worker], repeats: int, directory: Path
+    shape: str, asked: list[tuple[str, str]], workers: dict[str, Worker], repeats: int, directory: Path
 ) -> dict[str, Any]:
     """Losses and times of all programs on one problem, asked in turn."""
     rows, columns = map(int, shape.split("x"))
@@ -132,7 +100,7 @@ def one_shape(
     for _ in range(1 + (repeats if rows * columns < _LARGE else 1)):
         for program, options in asked:
             key = f"{program}/{options}"
-            answers.setdefault(key, []).append(running[program].ask(problem, options, output))
+            answers.setdefault(key, []).append(ask(workers[program], problem, options, output))
             if key not in losses:
                 losses[key] = loss(tensors["weight"], load_file(output)["weight"], tensors["hessian"])
             print(f"{shape} {key}: {answers[key][-1]['cpu_seconds']:.3f} s, loss {losses[key]:.6g}", flush=True)

@@ -1,7 +1,4 @@
-"""How a worker of the solver study talks: a line of JSON in for each solve, a line of JSON out.
-
-Requests come from the standard input. Answers go to the file descriptor that the command line names, since programs
-print what they like on the standard output, when they are imported already.
+"""What a worker of the solver study is asked and answers; how it talks is evals/worker.py.
 
 In:  {"problem": FILE, "bits": 4, "symmetric": true, "group_size": 64, "options": NAME, "output": FILE}
 Out: {"cpu_seconds": ..., "wall_seconds": ..., "peak_bytes": ...}
@@ -13,15 +10,13 @@ and torch only: each worker runs in its program's own environment.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import worker
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,10 +26,8 @@ Solve = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 def serve(solve: Solve) -> None:
     """Answer requests until the input ends."""
-    torch.set_num_threads(1)
-    answers = os.fdopen(int(sys.argv[1]), "w")
-    for line in sys.stdin:
-        request = json.loads(line)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
         tensors = load_file(request["problem"])
         weight, hessian = tensors.pop("weight"), tensors.pop("hessian")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -44,7 +37,10 @@ def serve(solve: Solve) -> None:
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         peak = _peak_bytes()
         save_file({"weight": found.float().contiguous()}, request["output"])
-        print(json.dumps({"cpu_seconds": cpu, "wall_seconds": wall, "peak_bytes": peak}), file=answers, flush=True)
+        return {"cpu_seconds": cpu, "wall_seconds": wall, "peak_bytes": peak}
+
+    torch.set_num_threads(1)
+    worker.serve(answer)
 
 
 def _peak_bytes() -> int:

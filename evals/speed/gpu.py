@@ -1,34 +1,27 @@
 """One linear layer on a GPU: quantkit's Triton kernels against dense layers, and gemlite when it is installed.
 
-    cd evals && python -m kernels_gpu.study
-
 Every contestant has copies of its layer of more than four L2 caches together and runs through them in one CUDA graph,
-so that weights come from memory as in a model and no launch is timed; contestants take turns, in another order each
-round. Times are from CUDA events; medians over rounds, with the middle half of them. Before anything is timed, each
-product is compared with the dense one in float64. The floor is the time to read codes, scales and zero points once at
-the bandwidth that a copy of 1 GB reaches in the same run. Writes results.json and the results in README.md.
+so that weights come from memory as in a model and no launch is timed. Times are from CUDA events. Before anything is
+timed, each product is compared with the dense one in float64. The floor is the time to read codes, scales and zero
+points once at the bandwidth that a copy of 1 GB reaches in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from measure import about, surroundings
-from table import markdown, replace_results
+from table import markdown
 from torch import Tensor, nn
 
 from quantkit import QuantLinear, parse_scheme
+from speed.frame import Quartiles, copies, in_turn, random_linear, relative_error, shape_name, twin
 
-HERE = Path(__file__).resolve().parent
-RESULTS, README = HERE / "results.json", HERE / "README.md"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # out x in
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w8a16_channel", "w3a16_g128", "w2a16_g128")
@@ -37,74 +30,50 @@ _COPY_BYTES = 1 << 30
 Products = list[Callable[[Tensor], Tensor]]
 
 
-def main() -> None:
-    args = parse_arguments()
+def study(rounds: int) -> dict[str, Any]:
+    """The results of all shapes and dtypes."""
     if not torch.cuda.is_available():
-        raise SystemExit("kernels_gpu: torch finds no CUDA device; run this on a machine with one")
+        raise SystemExit("speed.study gpu: torch finds no CUDA device; run this on a machine with one")
     bandwidth = copy_bandwidth()
-    results: dict[str, Any] = {
-        "where": {**surroundings(), "gpu": torch.cuda.get_device_name()},
-        "rounds": args.rounds,
-        "bandwidth": bandwidth,
-        "cases": [],
-    }
+    where = {**surroundings(), "gpu": torch.cuda.get_device_name()}
+    results: dict[str, Any] = {"where": where, "rounds": rounds, "bandwidth": bandwidth, "cases": []}
     for dtype in DTYPES:
         for rows, columns in SHAPES:
-            contestants = made(rows, columns, dtype)
+            entered = contestants(rows, columns, dtype)
+            products = {name: own for name, (own, _) in entered.items()}
             for tokens in TOKENS:
-                times = measure(
-                    {name: products for name, (products, _) in contestants.items()}, columns, tokens, dtype, args.rounds
-                )
-                for name, quartiles in times.items():
-                    floor = contestants[name][1] / bandwidth
+                for name, quartiles in measure(products, columns, tokens, dtype, rounds).items():
+                    nbytes = entered[name][1]
                     results["cases"].append(
                         {
                             "name": name, "dtype": str(dtype).removeprefix("torch."), "shape": [rows, columns],
-                            "tokens": tokens, "seconds": quartiles, "over_floor": quartiles[1] / floor,
-                            "bytes_per_second": contestants[name][1] / quartiles[1],
+                            "tokens": tokens, "seconds": quartiles, "over_floor": quartiles[1] * bandwidth / nbytes,
+                            "bytes_per_second": nbytes / quartiles[1],
                         }
                     )  # fmt: skip
             print(f"{rows}x{columns} {dtype}: done", flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    replace_results(README, render(results))
+    return results
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Quantized linear layers against dense ones on a GPU.")
-    parser.add_argument("--rounds", type=int, default=30)
-    return parser.parse_args()
-
-
-def copies(nbytes: float) -> int:
-    """So many of a layer that they fill four L2 caches."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, int(-(-4 * cache // nbytes)))
-
-
-def made(rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[Products, float]]:
+def contestants(rows: int, columns: int, dtype: torch.dtype) -> dict[str, tuple[Products, float]]:
     """Name -> products of layers with weights of their own, and the bytes that one must read."""
     found: dict[str, tuple[Products, float]] = {}
-    generator = torch.Generator().manual_seed(rows + columns)
-    source = nn.Linear(columns, rows, bias=False, dtype=dtype, device="cuda").requires_grad_(False)
-    source.weight.copy_(torch.randn(rows, columns, generator=generator) / columns**0.5)
+    source = random_linear(rows, columns, dtype, "cuda")
     dense_bytes = rows * columns * dtype.itemsize
-    dense = [source, *(clone(source) for _ in range(copies(dense_bytes) - 1))]
-    found["F.linear"] = (list(dense), dense_bytes)
+    found["F.linear"] = ([source, *(twin(source) for _ in range(gpu_copies(dense_bytes) - 1))], dense_bytes)
     for name in SCHEMES:
         nbytes = rows * columns * parse_scheme(name).bits_per_weight(columns) / 8
-        layers = [QuantLinear.from_linear(source, name, backend="triton") for _ in range(copies(nbytes))]
+        layers = [QuantLinear.from_linear(source, name, backend="triton") for _ in range(gpu_copies(nbytes))]
         found[name] = (list(layers), nbytes)
     if find_spec("gemlite") is not None:
         nbytes = rows * columns * parse_scheme("w4a16_g128_asym").bits_per_weight(columns) / 8
-        found["gemlite, w4a16_g128_asym"] = (gemlite_layers(source, copies(nbytes)), nbytes)
+        found["gemlite, w4a16_g128_asym"] = (gemlite_layers(source, gpu_copies(nbytes)), nbytes)
     return found
 
 
-def clone(linear: nn.Linear) -> nn.Linear:
-    """The same layer with a weight of its own."""
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype, device="cuda")
-    copy.requires_grad_(False).weight.copy_(linear.weight)
-    return copy
+def gpu_copies(nbytes: float) -> int:
+    """So many of a layer fill four L2 caches."""
+    return copies(nbytes, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
 
 
 def gemlite_layers(source: nn.Linear, count: int) -> Products:
@@ -142,22 +111,15 @@ def timed(run: Callable[[], object]) -> float:
 
 def measure(
     contestants: dict[str, Products], columns: int, tokens: int, dtype: torch.dtype, rounds: int
-) -> dict[str, list[float]]:
-    """Name -> seconds of one product: lower quartile, median, upper quartile over the rounds."""
+) -> dict[str, Quartiles]:
+    """Name -> seconds of one product."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, columns, generator=generator).to("cuda", dtype)
-    graphs = {}
+    runs = {}
     for name, products in contestants.items():
         check(name, products[0], x)
-        graphs[name] = captured(products, x)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            seconds[name].append(timed(graphs[name].replay) / len(contestants[name]))
-    return {name: statistics.quantiles(times, n=4) for name, times in seconds.items()}
+        runs[name] = partial(timed_graph, captured(products, x), len(products))
+    return in_turn(runs, rounds)
 
 
 def check(name: str, product: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -165,8 +127,7 @@ def check(name: str, product: Callable[[Tensor], Tensor], x: Tensor) -> None:
     weight = getattr(product, "weight", None)
     if not isinstance(weight, Tensor) or weight.shape[-1] != x.shape[1]:
         return  # gemlite's layers do not give theirs back
-    exact = x.double() @ weight.double().T
-    error = float((product(x).double() - exact).norm() / exact.norm())
+    error = relative_error(product(x), x.double() @ weight.double().T)
     assert error < 4 * torch.finfo(x.dtype).eps, f"{name}: relative error {error}"
 
 
@@ -182,20 +143,22 @@ def captured(products: Products, x: Tensor) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def timed_graph(graph: torch.cuda.CUDAGraph, products: int) -> float:
+    """Seconds of one of its products."""
+    return timed(graph.replay) / products
+
+
 def render(results: dict[str, Any]) -> str:
     """A table of times and times over the floor: a row for each contestant and shape, a column for the rows of x."""
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
     for case in results["cases"]:
-        key = (case["name"], case["dtype"], "x".join(map(str, case["shape"])))
+        key = (case["name"], case["dtype"], shape_name(case["shape"]))
         low, middle, high = (1e6 * second for second in case["seconds"])
         cells.setdefault(key, {})[case["tokens"]] = f"{middle:.1f} ({high - low:.1f}), {case['over_floor']:.2f}"
     rows = [[*key, *(found.get(tokens, "") for tokens in TOKENS)] for key, found in cells.items()]
     heads = ["layer", "dtype", "out x in", *(f"{tokens} rows" for tokens in TOKENS)]
     return (
-        f"Median microseconds (middle half), time over the floor at {results['bandwidth'] / 1e12:.2f} TB/s of a copy; "
-        f"{results['rounds']} rounds.\n\n" + markdown(heads, rows) + "\n\n" + about(results["where"])
+        f"Median microseconds (middle half), time over the floor at {results['bandwidth'] / 1e12:.2f} TB/s of a copy "
+        f"on {results['where']['gpu']}; {results['rounds']} rounds.\n\n"
+        f"{markdown(heads, rows)}\n{about(results['where'])}\n"
     )
-
-
-if __name__ == "__main__":
-    main()

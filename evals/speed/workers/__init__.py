@@ -1,0 +1,1 @@
+"""One worker a program; each runs in that program's own environment."""

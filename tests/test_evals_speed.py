@@ -1,0 +1,210 @@
+"""The speed studies' own code: products are checked before they are timed, files hold what their names say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+EVALS = Path(__file__).resolve().parent.parent / "evals"
+WHERE = {"date": "d", "cores": 1, "cpu": "c", "threads": "1", "load_average_at_start": 0.0, "torch": "t"}
+WHERE |= {"transformers": "t", "quantkit": "q"}
+
+
+@pytest.fixture(autouse=True)
+def evals_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EVALS))
+
+
+def test_contestants_run_in_every_round_and_the_middle_counts() -> None:
+    from speed.frame import in_turn
+
+    order: list[str] = []
+
+    def contestant(name: str, times: list[float]) -> Any:
+        left = iter(times)
+
+        def run() -> float:
+            order.append(name)
+            return next(left)
+
+        return run
+
+    found = in_turn({"a": contestant("a", [1, 9, 2, 3, 4]), "b": contestant("b", [5, 5, 5, 5, 5])}, rounds=5)
+    assert found == {"a": [2.0, 3.0, 4.0], "b": [5.0, 5.0, 5.0]}
+    assert [set(order[i : i + 2]) for i in range(0, 10, 2)] == [{"a", "b"}] * 5
+    assert len({tuple(order[i : i + 2]) for i in range(0, 10, 2)}) == 2  # not always in one order
+
+
+def test_cpu_products_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speed import linear
+
+    monkeypatch.setattr(linear, "POOL_BYTES", 1)
+    monkeypatch.setattr(linear, "TOKENS", (1, 3))
+    cases = linear.one_shape(48, 64, rounds=2)
+    assert [case["tokens"] for case in cases] == [1, 3]
+    assert all(low <= middle <= high for low, middle, high in cases[0]["seconds"].values())
+    assert all(low > 0 for low, _, _ in cases[0]["seconds"].values())
+    assert cases[0]["nbytes"][linear.BASE] == 2 * 48 * 64
+    table = linear.render({"cases": cases, "rounds": 2, "where": WHERE})
+    assert "| 1 token | 48x64 |" in table
+    assert "| 3 tokens | 48x64 |" in table
+    with pytest.raises(AssertionError, match=r"w8a8.*relative error"):
+        linear.check("w8a8", torch.ones(3), torch.full((3,), 1.1, dtype=torch.float64), 0.025)
+
+
+def test_every_backend_of_this_cpu_takes_part() -> None:
+    from speed import linear
+
+    from quantkit import parse_scheme
+    from quantkit.kernels import LinearSpec, choose_backend
+
+    entered = linear.contestants(64, 128)
+    for name in linear.SCHEMES:
+        first = choose_backend(LinearSpec(128, 64, parse_scheme(name), torch.bfloat16, "cpu")).name
+        assert f"{name}, {first}" in entered or first in linear.FALLBACKS
+
+
+def test_the_ratio_is_that_of_the_medians() -> None:
+    from speed import linear
+
+    seconds = {linear.BASE: [1.0, 2.0, 3.0], "other": [0.4, 0.5, 0.8]}
+    case = {"shape": [2, 3], "tokens": 1, "seconds": seconds, "read_bytes_per_second": 100.0}
+    table = linear.render({"cases": [{**case, "nbytes": {linear.BASE: 20, "other": 40}}], "rounds": 3, "where": WHERE})
+    assert "| other | 4.00 (2.50-5.00); 80% |" in table
+    assert f"| {linear.BASE} | 2000.000 ms (1000.000-3000.000); 10% |" in table
+
+
+def test_bytes_of_tensors_that_hold_others() -> None:
+    from speed.frame import stored_bytes
+
+    class Holder(torch.Tensor):
+        inner: Tensor
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["inner"], None
+
+    holder = torch.zeros(100).as_subclass(Holder)
+    holder.inner = torch.zeros(3, dtype=torch.int8)
+    assert stored_bytes([holder, torch.zeros(2, dtype=torch.bfloat16)]) == 3 + 4
+
+
+def test_a_gguf_names_and_arranges_what_the_model_has(tmp_path: Path) -> None:
+    from speed.gguf_file import arranged, gguf_name
+
+    model = save_tiny("llama", tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    names = [name for name, _ in AutoModelForCausalLM.from_pretrained(model).named_parameters()]
+    found = [gguf_name(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert {"token_embd.weight", "output_norm.weight", "blk.2.ffn_up.weight", "blk.0.attn_q.weight"} <= set(found)
+
+    heads = config["num_attention_heads"]
+    rows = torch.arange(config["hidden_size"], dtype=torch.float32)[:, None]
+    size = config["hidden_size"] // heads
+    q = arranged("model.layers.0.self_attn.q_proj.weight", rows, config)[:, 0].view(heads, size)
+    # llama.cpp rotates neighbours, transformers a head's halves: rows i and i + size/2 become 2i and 2i + 1.
+    for i in range(size // 2):
+        assert q[1, 2 * i : 2 * i + 2].tolist() == [size + i, size + i + size // 2]
+    assert arranged("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
+
+
+class Counting:
+    """A program whose next token is always one more, and whose logits say so."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        self.noise = noise
+
+    def about(self) -> dict[str, Any]:
+        return {"bytes": 1, "versions": {}}
+
+    def start(self, prompt: list[int], compiled: bool) -> int:
+        assert not compiled
+        return prompt[-1]
+
+    def step(self, token: int) -> int:
+        return token
+
+    def numbers(self, logits: int) -> np.ndarray[Any, Any]:
+        found = np.zeros(100, dtype=np.float32)
+        found[logits + 1] = 1 + self.noise
+        return found
+
+
+def test_decoding_takes_the_likeliest_token_or_the_given_one(tmp_path: Path) -> None:
+    from speed.workers.decoding import decode
+
+    request: dict[str, Any] = {"prompt": [3, 7], "follow": None, "steps": 3, "compiled": False, "logits": None}
+    answer = decode(Counting(), request)
+    assert answer["tokens"] == [9, 10, 11]
+    assert len(answer["seconds"]) == 3
+    file = tmp_path / "logits.npy"
+    followed = decode(Counting(), {**request, "follow": [20, 30, 40], "logits": str(file)})
+    assert followed["tokens"] == [21, 31, 41]
+    assert np.load(file).argmax(-1).tolist() == [8, 21, 31, 41]
+
+
+class InProcess:
+    """A worker that is no process."""
+
+    def __init__(self, program: Counting) -> None:
+        self.program = program
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        from speed.workers.decoding import decode
+
+        return decode(self.program, request)
+
+
+def test_a_program_that_computes_something_else_stops_the_study() -> None:
+    from speed.decode import BASE, FOLLOWED, PROMPT, Contestant, Line, checked, step_time
+
+    def line(noise: float) -> Any:
+        worker: Any = InProcess(Counting(noise))
+        return Line(Contestant("torch_decode.py", "dense", 0.2), worker, compiled=False)
+
+    given = list(range(PROMPT + FOLLOWED))
+    errors = checked({BASE: line(0), "near": line(0.1)}, given)
+    assert errors[BASE] == 0
+    assert errors["near"] == pytest.approx(0.1)
+    with pytest.raises(AssertionError, match="far"):
+        checked({BASE: line(0), "far": line(0.3)}, given)
+    assert step_time(line(0), given[:PROMPT]) > 0
+
+
+def test_the_torch_worker_decodes_a_quantized_model(tmp_path: Path) -> None:
+    """In a process of its own, by the protocol."""
+    from memory.random_model import Shape, write_model
+    from speed.decode import Contestant, Line, Setting, start
+
+    import quantkit
+
+    write_model(tmp_path / "dense", Shape(blocks=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=2048), 0)
+    quantkit.quantize(tmp_path / "dense", tmp_path / "w4", recipe={"scheme": "w4a16_g32", "method": "rtn"})
+    setting = Setting(tmp_path, None)
+    given, found = list(range(10, 26)), {}
+    for name in ("dense", "w4"):
+        worker = start(name, Contestant("torch_decode.py", name, 1.0), setting)
+        try:
+            found[name] = worker.ask({})
+            one = Line(Contestant("torch_decode.py", name, 1.0), worker, compiled=False)
+            answer = one.ask(given, None, 4, tmp_path / f"{name}.npy")
+        finally:
+            worker.process.kill()
+        assert len(answer["tokens"]) == len(answer["seconds"]) == 4
+    assert found["w4"]["bytes"] < found["dense"]["bytes"]
+    assert set(found["w4"]["versions"]) == {"quantkit", "torch"}
+    logits = {name: np.load(tmp_path / f"{name}.npy") for name in found}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([given])).logits[0, -1]
+    assert torch.allclose(torch.from_numpy(logits["dense"][0]), wanted.float(), atol=0.02)
+    first, dense = logits["w4"][0], logits["dense"][0]  # later ones follow other tokens
+    assert 0 < np.linalg.norm(first - dense) < 0.5 * np.linalg.norm(dense)
