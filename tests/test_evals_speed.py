@@ -86,13 +86,13 @@ def test_bytes_of_tensors_that_hold_others() -> None:
     from speed.frame import stored_bytes
 
     class Holder(torch.Tensor):
-        inner: Tensor
+        held: Tensor
 
         def __tensor_flatten__(self) -> tuple[list[str], None]:
-            return ["inner"], None
+            return ["held"], None
 
     holder = torch.zeros(100).as_subclass(Holder)
-    holder.inner = torch.zeros(3, dtype=torch.int8)
+    holder.held = torch.zeros(3, dtype=torch.int8)
     assert stored_bytes([holder, torch.zeros(2, dtype=torch.bfloat16)]) == 3 + 4
 
 

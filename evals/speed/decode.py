@@ -192,7 +192,7 @@ def checked(lines: Mapping[str, Line], given: list[int]) -> dict[str, float]:
 
 def step_time(one: Line, prompt: list[int]) -> float:
     """Median CPU seconds of a step, the first left out."""
-    return statistics.median(one.ask(prompt, None, TIMED)["seconds"][1:])
+    return float(statistics.median(one.ask(prompt, None, TIMED)["seconds"][1:]))
 
 
 def render(results: dict[str, Any]) -> str:
