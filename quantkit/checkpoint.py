@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, InterruptedRunError, UnreadFormatError, message
-from quantkit.safetensors_header import TensorInfo, read_header
+from quantkit.safetensors_header import INTEGERS_ONLY, TensorInfo, read_header
 from quantkit.strict_json import read_json
 
 CONFIG = "config.json"
@@ -121,8 +121,7 @@ class Checkpoint:
             return config
         if (self.path / _MODELOPT_FILE).is_file():
             what = "quantized by ModelOpt (FP8, NVFP4, ...), which is not read"
-            fix = "quantkit reads integer codes (GPTQ, AWQ, compressed-tensors): give such a model, or the 16-bit one"
-            raise UnreadFormatError(message(f"{self.path}/{_MODELOPT_FILE}", what, fix))
+            raise UnreadFormatError(message(f"{self.path}/{_MODELOPT_FILE}", what, INTEGERS_ONLY))
         if not any(name.endswith(".qweight") for name in self.tensors):
             return None
         there = next((name for name in QUANTIZATION_FILES if (self.path / name).is_file()), None)

@@ -69,6 +69,7 @@ class _Work:
         schemes: what each layer will be written with.
         config: the ``quantization_config`` to write.
         notes: what the user should know.
+        record: what conversion.json will hold.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +79,7 @@ class _Work:
     schemes: Mapping[str, QuantScheme]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
+    record: Mapping[str, Any]
 
 
 def convert(
@@ -174,7 +176,8 @@ def _checked(checkpoint: Checkpoint, target: CheckpointFormat) -> _Work:
         reordered=target.holds_g_idx and bool(reordered or sorted_away),
     )
     of_layer = {name: info for info in layers.values() for name in _own_tensors(stored, info)}
-    return _Work(checkpoint, stored, target, of_layer, schemes, written, notes)
+    record = _record(checkpoint.path, source.name, target.name, notes)
+    return _Work(checkpoint, stored, target, of_layer, schemes, written, notes, record)
 
 
 def _target_schemes(
@@ -278,7 +281,7 @@ def _write_rest(work: _Work, staging: Staging) -> int:
     then are in a file of their own; a model card that quantkit wrote names the format that is there now.
     """
     config = {**work.checkpoint.config, "quantization_config": dict(work.config)}
-    records = {CONFIG: config, RECORD: _record(work), **work.target.config_files(work.config)}
+    records = {CONFIG: config, RECORD: work.record, **work.target.config_files(work.config)}
     total = staging.write_rest(work.checkpoint.other_files(), records)
     text = converted_card(work.checkpoint.path, work.stored.format.name, work.config)
     if text is not None:
@@ -286,24 +289,28 @@ def _write_rest(work: _Work, staging: Staging) -> int:
     return total
 
 
-def _record(work: _Work) -> dict[str, Any]:
+def _record(source: Path, before: str, after: str, notes: tuple[str, ...]) -> dict[str, Any]:
     """What conversion.json holds: every conversion since the codes were found, the last one last.
+
+    Args:
+        source: the directory that is converted.
+        before, after: names of its format and of the one to write.
+        notes: what the user should know.
 
     Raises:
         CheckpointError: the source's own is not one.
     """
-    source = work.checkpoint.path
-    before = read_json(source / RECORD, missing="").get("conversions") if (source / RECORD).is_file() else []
-    if not isinstance(before, list):
+    earlier = read_json(source / RECORD, missing="").get("conversions") if (source / RECORD).is_file() else []
+    if not isinstance(earlier, list):
         raise CheckpointError(message(str(source / RECORD), "holds no list of conversions", "repair or remove it"))
     done = {
-        "from": work.stored.format.name,
-        "to": work.target.name,
+        "from": before,
+        "to": after,
         "source": hub_id(source) or source.name,
-        "notes": list(work.notes),
+        "notes": list(notes),
         "versions": versions(),
     }
-    return {"conversions": [*before, done]}
+    return {"conversions": [*earlier, done]}
 
 
 def _verify(work: _Work, digests: Mapping[str, str], path: Path, observer: Observer) -> None:

@@ -169,16 +169,16 @@ def inspect(
     path = resolve_model(model)
     checkpoint = Checkpoint(path)
     config = checkpoint.quantization
-    fmt = None if config is None else format_of(config)
+    layout = None if config is None else (format_of(config), config)
     if config is not None and calibration is not None:
         what = "is quantized, and inputs are measured in full-precision models"
         raise InputError(message(str(path), what, "leave --calibration out, or give the original model"))
     skeleton = open_skeleton(checkpoint, checkpoint.float_dtype)
     stored = None
-    if config is None or fmt is None:
+    if layout is None:
         check_complete(skeleton, skeleton.checkpoint)
     else:
-        stored = stored_layers(skeleton, fmt, config)
+        stored = stored_layers(skeleton, *layout)
     layers = _profiles(skeleton, stored, progress)
     if calibration is not None:
         samples = calibration_samples(calibration, open_tokenizer(path), vocab_size=skeleton.model.config.vocab_size)

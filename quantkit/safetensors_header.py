@@ -41,6 +41,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+INTEGERS_ONLY = "quantkit reads integer codes (GPTQ, AWQ, compressed-tensors): give such a model, or the 16-bit one"
 # Floating-point numbers of 8 bits or less, and their scales: FP8, NVFP4, MXFP4 and the like.
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 
@@ -115,8 +116,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         raise _broken(where, f"its data_offsets are {_short(place)}")
     stated = entry.get("dtype")
     if isinstance(stated, str) and stated in _NARROW:
-        fix = "quantkit reads integer codes (GPTQ, AWQ, compressed-tensors): give such a model, or the 16-bit one"
-        raise UnreadFormatError(message(where, f"dtype {stated!r} is not read", fix))
+        raise UnreadFormatError(message(where, f"dtype {stated!r} is not read", INTEGERS_ONLY))
     dtype = _DTYPES.get(stated) if isinstance(stated, str) else None
     if dtype is None:
         raise CheckpointError(

@@ -134,9 +134,9 @@ def _open(checkpoint: Checkpoint) -> tuple[Skeleton | None, StoredLayers | None,
     """The model and its quantized layers, or what is in the way."""
     try:
         config = checkpoint.quantization
-        fmt = None if config is None else format_of(config)
+        layout = None if config is None else (format_of(config), config)
         skeleton = open_skeleton(checkpoint, checkpoint.float_dtype)
-        stored = None if fmt is None or config is None else stored_layers(skeleton, fmt, config)
+        stored = None if layout is None else stored_layers(skeleton, *layout)
     except UnreadFormatError:
         raise
     except CheckpointError as error:

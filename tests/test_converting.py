@@ -298,6 +298,8 @@ def test_a_card_of_somebody_else_stays(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "g" / "README.md").read_bytes() == (source / "README.md").read_bytes()
     assert len(json.loads((tmp_path / "g" / "conversion.json").read_text())["conversions"]) == 1
     (tmp_path / "g" / "conversion.json").write_text('{"conversions": 3}')
+    told: list[object] = []
     with pytest.raises(quantkit.CheckpointError, match=r"conversion\.json: holds no list"):
-        quantkit.convert(tmp_path / "g", tmp_path / "no", "awq")
+        quantkit.convert(tmp_path / "g", tmp_path / "no", "awq", observer=told.append)
     assert not (tmp_path / "no").exists()
+    assert not told  # refused before any work

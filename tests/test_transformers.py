@@ -217,7 +217,10 @@ def test_where_nobody_runs_it_both_reasons_are_given(monkeypatch: pytest.MonkeyP
     quantkit.transformers.unregister()
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", Missing)
     quantkit.transformers.register()
-    with pytest.raises(ImportError, match=r"compressed-tensors is required \(quantkit does not run .*is not read"):
+    both = (
+        r"compressed-tensors is required \(quantkit does not run .*'float-quantized' is not read; quantkit reads pack"
+    )
+    with pytest.raises(ImportError, match=both):
         AutoQuantizationConfig.from_dict(FP8)
 
 

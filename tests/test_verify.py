@@ -254,6 +254,8 @@ def test_what_cannot_be_opened_is_a_finding(spoiled: Callable[..., Path]) -> Non
     (path / "model.safetensors").write_bytes(b"\0" * 20)
     assert codes(verify(path)) == ["files"]
     assert codes(verify(spoiled("packed", model_type="no_such"))) == ["config"]
+    with pytest.raises(quantkit.UnreadFormatError, match="quant_method 'other' is not read"):
+        verify(spoiled("packed", quant_method="other"))
 
 
 TARGETS = [

@@ -303,7 +303,7 @@ def w8a8(path: str, value: Any) -> dict[str, Any]:
     [
         ("input_activations", None, "format 'int-quantized' of a weight-only group"),
         ("format", "pack-quantized", "format 'pack-quantized' with quantized activations"),
-        ("format", "naive-quantized", "'naive-quantized' is not read"),
+        ("format", "naive-quantized", "format: 'naive-quantized' is not read; quantkit reads pack-quantized"),
         ("output_activations", {"num_bits": 8}, "quantizes outputs"),
         ("weights.num_bits", 4, "w4a8_channel_sym in int-quantized"),
         ("weights.strategy", "tensor", "weights.strategy"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
@@ -33,5 +32,4 @@ def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     serve(solve)

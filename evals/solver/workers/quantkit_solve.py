@@ -37,5 +37,4 @@ def solve(weight: Tensor, hessian: Tensor, request: dict[str, Any]) -> Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     serve(solve)
