@@ -18,7 +18,8 @@ from quantkit.activations import Activations
 from quantkit.arch import is_linear
 from quantkit.capture import BlockInputs
 from quantkit.digest import digest
-from quantkit.plan import LayerPlan, Plan
+from quantkit.layer_plan import LayerPlan
+from quantkit.plan import Plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, LayerRecord, decibels
 from quantkit.solvers import AutoRound

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import HessianError
-from quantkit.plan import LayerPlan, head_rows_at_once
+from quantkit.layer_plan import LayerPlan, head_rows_at_once
 from quantkit.qtensor import QuantizedTensor
 from quantkit.solving import Errors, SolvedLayer, reference, solved_layer, weight_errors
 from quantkit.static_activations import static_scale

@@ -24,9 +24,10 @@ from quantkit.recipe import Recipe, Rule, make_recipe, merged
 from quantkit.report import Note, Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length
 from quantkit.scheme import QuantScheme, parse_scheme
-from quantkit.sensitivity import METRICS, Metric, Sensitivity, Unit, check_room, find_units
+from quantkit.sensitivity import METRICS, Metric, Sensitivity, check_room
 from quantkit.solvers import AutoRound
 from quantkit.source import resolve_device, resolve_model
+from quantkit.units import Unit, find_units
 
 DEFAULT_SCHEMES = ("w3a16_g64_asym", "w4a16_g64_asym", "w8a16_g64_sym")
 DEFAULT_SAMPLES = 32

@@ -11,8 +11,8 @@ from torch import nn
 
 from quantkit.capture import Measurement
 from quantkit.errors import CalibrationError, InputError, SchemeError, message
+from quantkit.layer_plan import LayerPlan
 from quantkit.linear import QuantLinear, dense_weight
-from quantkit.plan import LayerPlan
 from quantkit.replacing import check_targets, leave_fused_paths, linear_targets
 from quantkit.report import LayerRecord
 from quantkit.scheme import QuantScheme, parse_scheme

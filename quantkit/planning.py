@@ -13,9 +13,10 @@ from quantkit.arch import collapsed_name, unequal_fused
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.formats import CheckpointFormat, format_named
+from quantkit.layer_plan import LayerPlan, encoded_bytes
 from quantkit.loaders import Rule, broken, newest_targets, places, rules_for
 from quantkit.model_facts import model_facts
-from quantkit.plan import LayerPlan, Plan, encoded_bytes
+from quantkit.plan import Plan
 from quantkit.recipe import Recipe
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton

@@ -23,7 +23,7 @@ from quantkit.activations import Activations
 from quantkit.arch import input_group
 from quantkit.errors import CalibrationError, CheckpointError, message
 from quantkit.experts import DOWN, GATE_UP, ExpertsInfo, call_of, gating_of
-from quantkit.plan import LayerPlan
+from quantkit.layer_plan import LayerPlan
 from quantkit.solvers import RTN
 from quantkit.stats import LayerStats, Stat
 

@@ -25,10 +25,8 @@ for ``kl``.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,16 +35,19 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.activations import Activations
-from quantkit.arch import input_group, is_transposed
+from quantkit.arch import is_transposed
 from quantkit.capture import BlockInputs
-from quantkit.errors import CalibrationError, CheckpointError, HessianError, OutputError, RecipeError, message
+from quantkit.errors import CheckpointError, HessianError, OutputError, message
 from quantkit.grid import dequantize
 from quantkit.heap import trim
-from quantkit.plan import LayerPlan, Plan, encoded_bytes
+from quantkit.layer_plan import LayerPlan
+from quantkit.plan import Plan
 from quantkit.report import Observer, Stage, Step
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign, place_buffers, release, set_weight
-from quantkit.stats import LayerStats, Stat
+from quantkit.stats import Stat
+from quantkit.units import Unit
+from quantkit.watching import Watch, changed
 
 Metric = Literal["hessian", "kl"]
 METRICS: tuple[Metric, ...] = ("hessian", "kl")
@@ -55,64 +56,6 @@ _FLOAT32 = 4
 _LOGIT_COPIES = 4  # float32 [length, vocabulary]: logits, distribution, its logarithm, and the gradient
 _POSITIONS_AT_ONCE = 256
 _MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Layers of one block that share one scheme.
-
-    Attributes:
-        name: the layer's name, or the common part and the rest of each.
-        layers: in the model's order.
-    """
-
-    name: str
-    layers: tuple[LayerPlan, ...]
-
-    @property
-    def match(self) -> str:
-        """What a recipe's rule says to mean this unit."""
-        names = [layer.info.name for layer in self.layers]
-        if len(names) == 1:
-            return names[0]
-        stem = names[0].rpartition(".")[0]
-        leaves = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
-        return f"re:{re.escape(stem)}\\.({leaves})"
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return sum(layer.numel for layer in self.layers)
-
-    def nbytes(self, plan: Plan, scheme: QuantScheme) -> int:
-        """Bytes on disk with this scheme: codes, scales, zero points and shapes, by the code that writes them."""
-        sized = (LayerPlan(layer.info, scheme, layer.solver) for layer in self.layers)
-        return sum(encoded_bytes(plan.format, layer, plan.dtype) for layer in sized)
-
-
-def find_units(plan: Plan) -> tuple[Unit, ...]:
-    """The units of the layers inside of the blocks, in the model's order, but for those whose scheme a rule states.
-
-    Raises:
-        RecipeError: stacked experts, whose effect is not measured one by one, or no layer at all.
-    """
-    members: dict[str, list[LayerPlan]] = {}
-    for layer in plan.layers:
-        rule = next((rule for rule in plan.recipe.rules if rule.matches(layer.info.name)), None)
-        if layer.info.block is None or (rule is not None and rule.scheme is not None):
-            continue
-        if layer.info.expert is not None:
-            raise RecipeError(
-                message(
-                    layer.info.expert.module,
-                    "the effect of a mixture's experts is not measured",
-                    'state their scheme by a rule of --recipe, such as {match: "*.experts.*", scheme: w4a16_g64}',
-                )
-            )
-        members.setdefault(input_group(layer.info.name), []).append(layer)
-    if not members:
-        raise RecipeError(message("rules", "no layer is left to choose a scheme for", "remove a rule with a scheme"))
-    return tuple(Unit(_unit_name(layers), tuple(layers)) for layers in members.values())
 
 
 def check_room(
@@ -208,7 +151,7 @@ class Sensitivity:
         found: list[list[float]] = [[] for _ in self.units]
         for index in reversed(range(self._num_blocks)):
             with self._block(index) as block:
-                watch = _Watch(self._linears(block, index), self._needs(index) | {Stat.HESSIAN}, gradients=True)
+                watch = Watch(self._linears(block, index), self._needs(index) | {Stat.HESSIAN}, gradients=True)
                 with watch.hooked(), torch.enable_grad():
                     for sample in range(len(self.samples)):
                         hidden = states[index][sample].to(self.device, copy=True).requires_grad_(True)
@@ -237,7 +180,7 @@ class Sensitivity:
                 assert hidden.grad is not None
                 states[sample] = hidden.grad
 
-    def _weighted_loss(self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: _Watch) -> float:
+    def _weighted_loss(self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: Watch) -> float:
         """½ Σ_r Σ_t g_r² · (dW E[x xᵀ] dWᵀ)_rr over the unit's rows, by the tokens of the whole calibration set."""
         total = 0.0
         for layer, error in self._errors(unit, scheme, block, watch):
@@ -279,7 +222,7 @@ class Sensitivity:
         streams: dict[tuple[int, int], Activations] = {}
         with self._block(index) as block:
             needs = self._needs(index)
-            watch = _Watch(self._linears(block, index), needs, gradients=False)
+            watch = Watch(self._linears(block, index), needs, gradients=False)
             if needs:
                 with watch.hooked():
                     for sample in range(len(self.samples)):
@@ -288,7 +231,7 @@ class Sensitivity:
             for number, unit in self._units_of(index):
                 for column, scheme in enumerate(self.schemes):
                     store = self._store(stack, hidden, budget, f"unit-{number}-{column}")
-                    with _changed(block, self._errors(unit, scheme, block, watch)):
+                    with changed(block, self._errors(unit, scheme, block, watch)):
                         for sample in range(len(self.samples)):
                             store[sample] = self._run(index, hidden[sample])
                     streams[number, column] = store
@@ -306,7 +249,7 @@ class Sensitivity:
         return [max(total, 0.0) / self._num_tokens for total in totals]  # below zero is rounding: the divergence is not
 
     def _errors(
-        self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: _Watch
+        self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: Watch
     ) -> Iterator[tuple[LayerPlan, Tensor]]:
         """Each layer's weight error, float32 [out, in]; layers of one input and solver are solved as one matrix."""
         together: dict[object, list[LayerPlan]] = {}
@@ -406,88 +349,6 @@ class Sensitivity:
         return {name: placed[disk] for name, disk in names.items()}
 
 
-class _Watch:
-    """Statistics of a block's layers' inputs, and of the gradients at their outputs.
-
-    Attributes:
-        inputs: layer -> the statistics of its input, shared by layers that are called with the same tensor.
-        gradient_energy: layer -> float64 [out], Σ g² over all tokens.
-    """
-
-    def __init__(self, linears: dict[str, nn.Module], needs: frozenset[Stat], *, gradients: bool) -> None:
-        self.inputs: dict[str, LayerStats] = {}
-        self.gradient_energy: dict[str, Tensor] = {}
-        self._linears, self._needs, self._gradients = linears, needs, gradients
-        self._leaders: set[str] = set()
-        self._live: list[tuple[Tensor, str]] = []
-
-    def of(self, layer: LayerPlan) -> LayerStats | None:
-        """What the layer's solver reads.
-
-        Raises:
-            CalibrationError: the layer never ran.
-        """
-        if self._needs and layer.info.local not in self.inputs:
-            raise CalibrationError(
-                message(layer.info.name, "never ran on the calibration data", "skip it by a rule in the recipe")
-            )
-        return self.inputs.get(layer.info.local) if layer.solver.needs else None
-
-    def end_pass(self) -> None:
-        """One forward pass is over: who shares an input with whom is known from here on."""
-        self._live.clear()
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Gather from every pass inside."""
-        handles = [module.register_forward_hook(self._seen(name)) for name, module in self._linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _seen(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            if name not in self.inputs:
-                leader = next((other for tensor, other in self._live if tensor is args[0]), None)
-                if leader is None:
-                    self._leaders.add(name)
-                self.inputs[name] = self.inputs[leader] if leader else LayerStats(x.shape[-1], self._needs, x.device)
-                self._live.append((args[0], name))
-            if name in self._leaders:
-                self.inputs[name].update(x, x)  # the full-precision model is the one that runs
-            if self._gradients and output.requires_grad:
-                output.register_hook(self._energy(name))
-
-        return hook
-
-    def _energy(self, name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            energy = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0).double()
-            self.gradient_energy[name] = self.gradient_energy.get(name, torch.zeros_like(energy)) + energy
-
-        return hook
-
-
-@contextmanager
-def _changed(block: nn.Module, errors: Iterator[tuple[LayerPlan, Tensor]]) -> Iterator[None]:
-    """These layers' weights with their errors added, and afterwards the weights as they were."""
-    before: list[tuple[nn.Module, nn.Parameter]] = []
-    for layer, error in list(errors):
-        module = block.get_submodule(layer.info.local)
-        weight = module.get_parameter("weight")
-        before.append((module, weight))
-        changed = (weight.float() + (error.T if is_transposed(module) else error)).to(weight.dtype)
-        module._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
-    try:
-        yield
-    finally:
-        for module, weight in before:
-            module._parameters["weight"] = weight
-
-
 def _divergence(dense: Tensor, other: Tensor) -> float:
     """Σ KL over the positions of float32 [positions, vocabulary] logits."""
     total = 0.0
@@ -500,12 +361,6 @@ def _divergence(dense: Tensor, other: Tensor) -> float:
 def _rows_first(module: nn.Module) -> Tensor:
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight
-
-
-def _unit_name(layers: Sequence[LayerPlan]) -> str:
-    names = [layer.info.name for layer in layers]
-    stem = names[0].rpartition(".")[0]
-    return f"{stem}." + "+".join(name.rpartition(".")[2] for name in names)
 
 
 def _num_stores(plan: Plan, units: Sequence[Unit], num_schemes: int, metric: Metric) -> int:

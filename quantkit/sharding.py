@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quantkit.arch import find_heads
 from quantkit.findings import Finding
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo
+from quantkit.structure import find_heads
 
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense", "dense_4h_to_h", "wo", "w2")
 _WORD = 32

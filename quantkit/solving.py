@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, HessianError, message
 from quantkit.grid import dequantize
-from quantkit.plan import LayerPlan
+from quantkit.layer_plan import LayerPlan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import LayerRecord, decibels
 from quantkit.static_activations import static_scale

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.arch import Heads, Norm, ScaleGroup, Source, Structure, find_heads
 from quantkit.capture import Measurement
 from quantkit.errors import CalibrationError, CheckpointError, message
 from quantkit.plan import Plan
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign
 from quantkit.stats import LayerStats
+from quantkit.structure import Heads, Norm, ScaleGroup, Source, Structure, find_heads
 from quantkit.transforms import BlockTensors, Call, Rotation, ScaleTransform, TransformRecord, clip_weight
 from quantkit.transforms.folding import fold_scale, rotate_final_norm, rotate_rows, rotate_stream, rotate_values
 from quantkit.transforms.orthogonal import Orthogonal, rotation_of

@@ -16,7 +16,7 @@ import quantkit
 from quantkit.checkpoint import Checkpoint
 from quantkit.grid import dequantize
 from quantkit.head import solve_in_rows
-from quantkit.plan import LayerPlan
+from quantkit.layer_plan import LayerPlan
 from quantkit.planning import make_plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import make_recipe

@@ -19,8 +19,9 @@ from quantkit.planning import make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme
-from quantkit.sensitivity import METRICS, Sensitivity, find_units
+from quantkit.sensitivity import METRICS, Sensitivity
 from quantkit.source import BUILTIN_PATH
+from quantkit.units import find_units
 
 SCHEMES = ("w3a16_g64_asym", "w4a16_g64_asym", "w8a16_g64_sym")
 CALIBRATION = {"num_samples": 8, "sequence_length": 128}

@@ -29,8 +29,8 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.cli import app
 from quantkit.experts import SplitExperts, experts_info, get_expert, set_expert
 from quantkit.grid import dequantize
+from quantkit.layer_plan import LayerPlan
 from quantkit.linear import QuantLinear
-from quantkit.plan import LayerPlan
 from quantkit.planning import make_plan
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import make_recipe

@@ -22,9 +22,10 @@ from quantkit.planning import make_plan
 from quantkit.recipe import Rule, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme, parse_scheme
-from quantkit.sensitivity import Metric, Sensitivity, check_room, find_units
+from quantkit.sensitivity import Metric, Sensitivity, check_room
 from quantkit.solvers import GPTQ, RTN
 from quantkit.stats import LayerStats, Stat
+from quantkit.units import find_units
 
 SCHEMES = (parse_scheme("w3a16_g32_asym"), parse_scheme("w8a16_g32"))
 CPU = torch.device("cpu")

@@ -18,20 +18,8 @@ from quantkit.grid import dequantize, quantize_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers import AutoRound
-from quantkit.tuning import (
-    BlockRun,
-    BlockTuner,
-    BlockTuning,
-    ClippedRounding,
-    ScaledCodes,
-    Schedule,
-    TunedVector,
-    TunedWeight,
-    round_block,
-    shuffled,
-    split,
-    tune_block,
-)
+from quantkit.tuned_weights import ClippedRounding, ScaledCodes, TunedVector, TunedWeight
+from quantkit.tuning import BlockRun, BlockTuner, BlockTuning, Schedule, round_block, shuffled, split, tune_block
 
 SCHEMES = [
     QuantScheme(2, 8),

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantkit.arch import Heads, ScaleGroup
 from quantkit.scheme import QuantScheme
 from quantkit.stats import LayerStats, Stat
+from quantkit.structure import Heads, ScaleGroup
 
 
 class BlockTensors:

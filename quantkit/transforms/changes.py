@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from quantkit.arch import Source, Structure
+from quantkit.structure import Source, Structure
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.rotation import Rotation
 from quantkit.transforms.smoothquant import SmoothQuant

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.arch import Heads, Norm, ResidualStream, ScaleGroup, Source
 from quantkit.errors import CheckpointError, message
+from quantkit.structure import Heads, Norm, ResidualStream, ScaleGroup, Source
 from quantkit.transforms.base import BlockTensors
 from quantkit.transforms.orthogonal import Orthogonal
 

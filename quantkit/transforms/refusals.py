@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.arch import Structure, find_heads, find_structure, misfit
 from quantkit.errors import RecipeError, message
+from quantkit.structure import Structure, find_heads, find_structure, misfit
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.rotation import Rotation
 from quantkit.transforms.smoothquant import SmoothQuant

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from quantkit.arch import ScaleGroup, Source
 from quantkit.errors import CalibrationError, RecipeError, message
 from quantkit.stats import Stat
+from quantkit.structure import ScaleGroup, Source
 from quantkit.transforms.base import BlockContext, Found
 from quantkit.transforms.folding import reader_channels, to_channels
 from quantkit.transforms.search import Point, best_of

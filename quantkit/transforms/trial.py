@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quantkit.arch import ScaleGroup, is_transposed
+from quantkit.arch import is_transposed
 from quantkit.errors import CalibrationError, message
 from quantkit.grid import activation_scale, dequantize, fake_quantize_activations, quantize_groups
 from quantkit.scheme import QuantScheme
+from quantkit.structure import ScaleGroup
 from quantkit.transforms.base import BlockContext, Call
 
 

@@ -12,19 +12,9 @@ from families import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quantkit.arch import (
-    Norm,
-    ScaleGroup,
-    Source,
-    Structure,
-    find_blocks,
-    find_heads,
-    find_linears,
-    find_structure,
-    is_transposed,
-    misfit,
-)
+from quantkit.arch import find_blocks, find_linears, is_transposed
 from quantkit.errors import CheckpointError
+from quantkit.structure import Norm, ScaleGroup, Source, Structure, find_heads, find_structure, misfit
 from quantkit.transforms import BlockTensors
 from quantkit.transforms.folding import (
     fold_scale,
