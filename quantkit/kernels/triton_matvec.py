@@ -36,6 +36,20 @@ def _ratio(j, bits, window, unit, offset, mid):
     return (offset + mid * _unit(j, bits, window, unit)) / (offset + mid * unit)
 
 
+@triton.constexpr_function
+def shift_text(shift):
+    """PTX: a pair of 16-bit words shifted right."""
+    return f"shr.b32 $0, $1, {shift};"
+
+
+@triton.constexpr_function
+def number_text(mask, magic):
+    """PTX: ``(pair & mask) | magic`` in one instruction, mask and magic for each half of the pair."""
+    if magic:
+        return f"lop3.b32 $0, $1, {mask * 65537}, {magic * 65537}, 0xea;"
+    return f"and.b32 $0, $1, {mask * 65537};"
+
+
 @triton.jit
 def _times(t, FACTOR: tl.constexpr):
     if FACTOR == 1:
@@ -57,14 +71,9 @@ def _values(
         return bits.to(tl.uint16).to(DTYPE, bitcast=True)
     else:
         if SHIFT > 0:
-            word = tl.inline_asm_elementwise(
-                f"shr.b32 $0, $1, {SHIFT};", "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2
-            )
-        if MAGIC > 0:
-            asm: tl.constexpr = f"lop3.b32 $0, $1, {MASK * 65537}, {MAGIC * 65537}, 0xea;"
-        else:
-            asm: tl.constexpr = f"and.b32 $0, $1, {MASK * 65537};"
-        bits = tl.inline_asm_elementwise(asm, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
+            word = tl.inline_asm_elementwise(shift_text(SHIFT), "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
+        text: tl.constexpr = number_text(MASK, MAGIC)
+        bits = tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
         return bits.to(DTYPE, bitcast=True)
 
 
@@ -110,6 +119,7 @@ def _zero_value(
     BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     MAGIC: tl.constexpr,
+    OFFSET: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """float32 v(z) of plane J, from int32 words that hold the zero points of an even group and, above, of an odd one.
@@ -120,9 +130,9 @@ def _zero_value(
     MASK: tl.constexpr = ((1 << BITS) - 1) << ((J % WINDOW) * BITS)
     SPLIT: tl.constexpr = BITS == 8 and MAGIC == 0x4300
     if SPLIT:
-        low = ((word >> SHIFT) & (0x7F * 65537)) | (MAGIC * 65537)
-        high = ((word >> SHIFT) & (0x80 * 65537)) | (MAGIC * 65537)
-        return _half(low, ODD, DTYPE) + _half(high, ODD, DTYPE)
+        # A byte below the bits of float32 2^23 is 2^23 + z: two instructions, where the codes' two parts take five.
+        number = ((word >> (SHIFT + 16 * ODD)) & 0xFF) | 0x4B000000
+        return number.to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
     else:
         return _half(((word >> SHIFT) & (MASK * 65537)) | (MAGIC * 65537), ODD, DTYPE)
 
@@ -252,7 +262,9 @@ def matvec_kernel(
                     else:
                         start = tl.zeros((ROWS, TOKENS), tl.float32)
                         part = _plane_dot(word, xt, start, j, BITS, WINDOW, MAGIC, DTYPE, INTERPRET)
-                        part -= _zero_value(zero, PAIRED and t % 2, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
+                        part -= (
+                            _zero_value(zero, PAIRED and t % 2, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE)[:, None] * sums
+                        )
                     new = new + (acc[j] + part * group[j][:, None],)
                 acc = new
             else:
@@ -273,7 +285,7 @@ def matvec_kernel(
             if SYMMETRIC:
                 part = acc[j] + _times(sums, _ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
             else:
-                part = acc[j] - _zero_value(zero, False, j, BITS, WINDOW, MAGIC, DTYPE)[:, None] * sums
+                part = acc[j] - _zero_value(zero, False, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE)[:, None] * sums
             new = new + (part * group[j][:, None],)
         acc = new
 
