@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnreadFormatError,
     )
     from quantkit.evaluation import EvalSpec, Evaluation, evaluate
+    from quantkit.joining import Joining, join_linears
     from quantkit.linear import QuantLinear
     from quantkit.loader import load
     from quantkit.mixed import MixedPlan, plan_mixed
@@ -63,6 +64,7 @@ _HOMES = {
         "UnreadFormatError",
     ),
     "evaluation": ("EvalSpec", "Evaluation", "evaluate"),
+    "joining": ("Joining", "join_linears"),
     "linear": ("QuantLinear",),
     "loader": ("load",),
     "mixed": ("MixedPlan", "plan_mixed"),
@@ -94,6 +96,7 @@ __all__ = [
     "HessianError",
     "InputError",
     "InterruptedRunError",
+    "Joining",
     "KernelError",
     "MixedPlan",
     "OutputError",
@@ -111,6 +114,7 @@ __all__ = [
     "UnreadFormatError",
     "convert",
     "evaluate",
+    "join_linears",
     "load",
     "parse_scheme",
     "plan_mixed",

@@ -18,6 +18,7 @@ from torch import nn
 from quantkit.errors import CheckpointError, InputError, InterruptedRunError, message
 from quantkit.generation import Decoder
 from quantkit.quiet import quiet
+from quantkit.rounded_head import check_head_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +36,10 @@ class BenchSpec:
         new_tokens: steps that are timed.
         rounds: times that each model is measured; medians are reported.
         compiled: whether the step is compiled.
-        device, dtype, backend: as in :func:`quantkit.load`.
+        device, dtype, backend, head_bits: as in :func:`quantkit.load`.
 
     Raises:
-        InputError: a count below 1.
+        InputError: a count below 1, or head_bits out of range.
     """
 
     prompt_tokens: int = 128
@@ -48,12 +49,14 @@ class BenchSpec:
     device: str = "auto"
     dtype: str = "auto"
     backend: str | None = None
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(message(option, f"{getattr(self, name)} is out of range", "choose at least 1"))
+        check_head_bits(self.head_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -72,6 +75,7 @@ class BenchResult:
         peak_bytes: the most memory: of the process on a CPU (imports included), allocated by torch on a GPU.
         bytes_per_token: weights and cache that a step reads.
         bandwidth: bytes a second of a plain read of memory, measured beside it.
+        notes: what was done to the model when it was opened, in words.
     """
 
     model: str
@@ -81,6 +85,7 @@ class BenchResult:
     peak_bytes: int
     bytes_per_token: int
     bandwidth: float
+    notes: tuple[str, ...] = ()
 
     @property
     def mbu(self) -> float:
@@ -128,9 +133,11 @@ def _in_process(model: str, spec: BenchSpec) -> BenchResult:
 
 def measure(model: str, spec: BenchSpec) -> BenchResult:
     """One measurement, in this process; see :func:`bench`."""
-    from quantkit.loader import load
+    from quantkit.opening import open_for_decoding
 
-    opened = load(model, device=spec.device, dtype=spec.dtype, backend=spec.backend)
+    opened, notes = open_for_decoding(
+        model, device=spec.device, dtype=spec.dtype, backend=spec.backend, head_bits=spec.head_bits
+    )
     device = opened.device
     decoder = Decoder(opened, spec.prompt_tokens + _WARM_UP + spec.new_tokens, compiled=spec.compiled)
     vocabulary = opened.config.get_text_config().vocab_size
@@ -151,14 +158,14 @@ def measure(model: str, spec: BenchSpec) -> BenchResult:
         peak_bytes=_peak_bytes(device),
         bytes_per_token=weight_bytes(opened) + decoder.cache_bytes,
         bandwidth=read_bandwidth(device),
+        notes=notes,
     )
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that one token reads: all tensors, of an embedding that is no head only one row, and of
     experts the share of those that a token is sent to."""
-    tied = model.get_output_embeddings()
-    head = None if tied is None else getattr(tied, "weight", None)
+    head = getattr(model.get_output_embeddings(), "_parameters", {}).get("weight")
     total = 0.0
     for name, module in model.named_modules():
         tensors = [*module._parameters.values(), *module._buffers.values()]
@@ -213,4 +220,5 @@ def _medians(results: Sequence[BenchResult]) -> BenchResult:
         peak_bytes=max(r.peak_bytes for r in results),
         bytes_per_token=results[0].bytes_per_token,
         bandwidth=statistics.median(r.bandwidth for r in results),
+        notes=results[0].notes,
     )

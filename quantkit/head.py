@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.errors import HessianError
 from quantkit.layer_plan import LayerPlan, head_rows_at_once
-from quantkit.qtensor import QuantizedTensor
+from quantkit.qtensor import QuantizedTensor, join_rows
 from quantkit.solving import Errors, SolvedLayer, reference, solved_layer, weight_errors
 from quantkit.static_activations import static_scale
 from quantkit.stats import LayerStats
@@ -58,7 +58,7 @@ def solve_in_rows(
         parts.append(solution.weight)
         notes.update(dict.fromkeys(solution.notes))
     act_scale = static_scale([layer.info.name], layer.scheme, stats, dtype)
-    q = replace(_joined(parts), scheme=layer.scheme, act_scale=act_scale)
+    q = replace(join_rows(parts), scheme=layer.scheme, act_scale=act_scale)
     errors = Errors(loss, signal, error, energy)
     tokens = 0 if measured is None else measured.num_tokens
     return solved_layer(layer, q, errors, tokens, time.perf_counter() - started, tuple(notes))
@@ -68,15 +68,3 @@ def _pieces(layer: LayerPlan) -> Iterator[slice]:
     step = head_rows_at_once(layer)
     for start in range(0, layer.info.out_features, step):
         yield slice(start, min(start + step, layer.info.out_features))
-
-
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    return replace(
-        first,
-        codes=torch.cat([part.codes for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero_point=torch.cat([part.zero_point for part in parts]),
-    )

@@ -14,7 +14,7 @@ from quantkit.errors import InputError, KernelError, SchemeError, message
 from quantkit.grid import dequantize, quantize_groups
 from quantkit.kernels import KernelBackend, LinearSpec, ReferenceBackend, choose_backend
 from quantkit.kernels.base import row_blocks
-from quantkit.qtensor import QuantizedTensor
+from quantkit.qtensor import QuantizedTensor, join_rows
 from quantkit.scheme import QuantScheme, parse_scheme
 
 _PORTABLE = ReferenceBackend()  # its packed form is the same on every machine: the form in a state_dict
@@ -95,10 +95,7 @@ class QuantLinear(nn.Module):
         weight = dense_weight(linear)
         wanted.num_groups(weight.shape[1])
         choose_backend(spec_of(weight, wanted), backend)
-        # float64 scales do not ship, and numbers below float32 are not computed with.
-        scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-        q = quantize_groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), wanted, scale_dtype)
-        layer = cls(q, cast("Tensor | None", linear.bias), dtype=weight.dtype, backend=backend)
+        layer = cls(_rounded(weight, wanted), cast("Tensor | None", linear.bias), dtype=weight.dtype, backend=backend)
         return layer.train(linear.training)
 
     @property
@@ -296,6 +293,15 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def spec_of(weight: Tensor, scheme: QuantScheme) -> LinearSpec:
     """What a backend has to run for a dense weight [out, in] in this scheme."""
     return LinearSpec(weight.shape[1], weight.shape[0], scheme, weight.dtype, weight.device.type)
+
+
+def _rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    """A few rows at a time, so that no float32 copy of all is made."""
+    # float64 scales do not ship, and numbers below float32 are not computed with.
+    scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    blocks = [slice(*block) for block in row_blocks(*weight.shape)] or [slice(0)]
+    return join_rows([quantize_groups(weight[rows].to(wide), scheme, scale_dtype) for rows in blocks])
 
 
 def dynamic_scheme(scheme: QuantScheme | str) -> QuantScheme:

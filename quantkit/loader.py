@@ -14,6 +14,7 @@ from quantkit.experts import SplitExperts
 from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
 from quantkit.model_config import CONFIG_ERRORS, open_config
+from quantkit.rounded_head import check_head_bits, round_head
 from quantkit.skeleton import Skeleton, assign, check_complete, open_skeleton
 from quantkit.source import resolve_device, resolve_dtype, resolve_model
 from quantkit.stored import StoredLayers, stored_layers
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str | Path, *, device: str = "auto", dtype: str = "auto", backend: str | None = None
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str | None = None,
+    head_bits: int | None = None,
 ) -> PreTrainedModel:
     """Open a model for inference.
 
@@ -32,6 +38,8 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of the activations and of the weights that are not quantized; ``auto`` is the checkpoint's own.
         backend: the kernel backend by name; None is the first that can run each layer.
+        head_bits: the output head is rounded to so many bits for its product, see
+            :func:`quantkit.rounded_head.round_head`; None, or a head that is quantized already, leaves it as it is.
 
     Returns:
         A transformers model in eval mode; quantized layers are :class:`quantkit.QuantLinear`. Only one layer at a
@@ -40,7 +48,16 @@ def load(
     Raises:
         CheckpointError: missing, truncated or contradictory files.
         KernelError: no backend can run a layer here.
+        InputError: ``head_bits`` out of range, or of a model without a linear head.
     """
+    check_head_bits(head_bits)
+    opened = _load(model, device, dtype, backend)
+    if head_bits is not None:
+        round_head(opened, head_bits, backend=backend)
+    return opened
+
+
+def _load(model: str | Path, device: str, dtype: str, backend: str | None) -> PreTrainedModel:
     path = resolve_model(model)
     checkpoint = Checkpoint(path)
     placed = resolve_device(device)

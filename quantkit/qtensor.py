@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +85,24 @@ class QuantizedTensor:
         if self.act_scale is not None:
             sha.update(struct.pack("<f", self.act_scale))
         return sha.hexdigest()
+
+
+def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """The weight whose output rows are those of the parts, one after another.
+
+    Args:
+        parts: at least one, all of one scheme, dtype of scales, number of columns, order of groups and activation
+            scale: only codes, scales and zero points are joined, the rest is the first one's.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero_point=torch.cat([part.zero_point for part in parts]),
+    )
 
 
 def _is_scale(value: float) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.options import Device, Dtype, quiet, terminal
+from quantkit.cli.options import Device, Dtype, HeadBits, quiet, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +24,7 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Annotated[str | None, typer.Option(help="Kernel backend, see quantkit doctor.")] = None,
+    head_bits: HeadBits = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Prefill and decode speed, time to the first token, peak memory and bytes read per token, in one table."""
@@ -36,7 +37,7 @@ def bench(
     from quantkit.source import resolve_device, resolve_model
 
     quiet()
-    spec = BenchSpec(prompt_tokens, new_tokens, rounds, compiled, device, dtype, backend)
+    spec = BenchSpec(prompt_tokens, new_tokens, rounds, compiled, device, dtype, backend, head_bits)
     resolve_device(device)
     for model in models:
         resolve_model(model)
@@ -70,6 +71,9 @@ def _print(results: list[BenchResult], console: Console) -> None:
             f"{result.mbu:.0%}",
         )
     console.print(table)
+    for result in results:
+        for note in result.notes:
+            console.print(f"{result.model}: {note}.", highlight=False, markup=False)
     console.print(
         f"MBU: of a plain read of memory, {results[0].bandwidth / 1e9:.1f} GB/s here. Ratio: to the first model.",
         highlight=False,

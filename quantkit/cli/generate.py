@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.options import Device, Dtype, quiet
+from quantkit.cli.options import Device, Dtype, HeadBits, quiet
 
 
 def generate(
@@ -23,21 +23,26 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Annotated[str | None, typer.Option(help="Kernel backend, see quantkit doctor.")] = None,
+    head_bits: HeadBits = None,
 ) -> None:
     """Write on from a prompt; the text appears token by token."""
     from transformers import TextStreamer
 
     from quantkit.generation import Decoder, Sampling, prompt_tokens, stop_tokens
     from quantkit.generation import generate as tokens_after
-    from quantkit.loader import load
+    from quantkit.opening import open_for_decoding
+    from quantkit.rounded_head import check_head_bits
     from quantkit.source import open_tokenizer, resolve_model
 
     quiet()
+    check_head_bits(head_bits)
     sampling = Sampling(temperature, top_p, seed)
     path = resolve_model(model)
     tokenizer = open_tokenizer(path)
     tokens = prompt_tokens(tokenizer, prompt, chat=chat)
-    opened = load(path, device=device, dtype=dtype, backend=backend)
+    opened, notes = open_for_decoding(path, device=device, dtype=dtype, backend=backend, head_bits=head_bits)
+    for note in notes:
+        typer.echo(note, err=True)
     length = len(tokens) + max_new_tokens
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     for token in tokens_after(

@@ -18,6 +18,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16: of the forward passes (and of the scales).")
 ]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(help="Round the output head to so many bits (8 is nearly lossless), unless it is quantized already."),
+]
 
 
 def terminal() -> Console:

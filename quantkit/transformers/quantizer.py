@@ -15,6 +15,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, message
 from quantkit.experts import DOWN, GATE_UP, LEAVES, SplitExperts, disk_leaves
 from quantkit.formats import format_of
+from quantkit.joining import separated
 from quantkit.linear import QuantLinear
 from quantkit.skeleton import Skeleton, open_skeleton
 from quantkit.stored import stored_layers
@@ -125,7 +126,7 @@ class QuantkitQuantizer(HfQuantizer):
         Beside the model, all its quantized weights are in memory once more, packed as on disk.
         """
         state: dict[str, Tensor] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in separated(model, remove_duplicate=False):
             tensors = self._encoded(module) if isinstance(module, QuantLinear) else _own_tensors(module)
             state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
         return state, {}
@@ -136,7 +137,7 @@ class QuantkitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For model.dequantize(): dense layers of the same weights, one after another."""
-        for name, module in list(model.named_modules()):
+        for name, module in separated(model):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, _dense(module, dtype or module.spec.dtype))
         return model
