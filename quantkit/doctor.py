@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from quantkit.kernels import BACKENDS, LinearSpec
+from quantkit.kernels.jit_targets import TARGETS, VARIABLE, available, chosen_target
 from quantkit.scheme import parse_scheme
 
 # Layers that stand for the others: each is asked of every backend.
@@ -19,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FEATURES = 4096
 # What a package that may be missing is for.
 EXTRAS = {
+    "llvmlite": "CPU kernels of our own",
     "triton": "kernels on a GPU",
     "lm_eval": "quantkit eval",
     "matplotlib": "plots",
@@ -82,6 +84,7 @@ def machine() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "CPU": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "CPU kernels": _cpu_kernels(),
         "CUDA": _cuda(),
     }
     for name in ("transformers", "safetensors"):
@@ -89,6 +92,13 @@ def machine() -> dict[str, str]:
     for name, purpose in EXTRAS.items():
         facts[name] = _version(name) if find_spec(name) is not None else f"not installed: no {purpose}"
     return facts
+
+
+def _cpu_kernels() -> str:
+    target = chosen_target()
+    if target is None:
+        return f"torch's only: ours are for {', '.join(target.name for target in TARGETS)}"
+    return f"compiled for {target.name} (of {', '.join(each.name for each in available())}; {VARIABLE} chooses)"
 
 
 def _version(name: str) -> str:

@@ -11,6 +11,7 @@ from layers import fastest_cpu
 from quantkit.cli import main
 from quantkit.doctor import DTYPES, SCHEMES, capabilities, machine
 from quantkit.kernels import BACKENDS, LinearSpec, choose_backend
+from quantkit.kernels.jit_targets import TARGETS
 from quantkit.scheme import parse_scheme
 
 
@@ -28,6 +29,7 @@ def test_it_says_what_would_be_chosen() -> None:
 def test_the_machine() -> None:
     facts = machine()
     assert facts["torch"] == torch.__version__
+    assert any(target.name in facts["CPU kernels"] for target in TARGETS)
     assert ("none" in facts["CUDA"]) == (not torch.cuda.is_available())
 
 

@@ -1,22 +1,24 @@
-"""Compiles the just-in-time kernels with llvmlite, and calls them. llvmlite is imported at the first use."""
+"""Products by the just-in-time kernels, which are compiled when they are first needed."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels.jit_ir import NAME, Kind, center, dense_ir, matvec_ir
+from quantkit.kernels.jit_compile import function
+from quantkit.kernels.jit_ir import dense_ir, matvec_ir
+from quantkit.kernels.jit_targets import Target, chosen_target
+from quantkit.kernels.jit_text import Kind, center
+from quantkit.kernels.jit_threads import parts, run
+from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS, scratch_numbers, tile_ir
 from quantkit.kernels.panels import PANEL, unit_columns
 
-MOST_TOKENS = 16  # rows of x in one call
-_SCALES = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
-_THREAD_BYTES = 1 << 17  # of codes: with less a thread is not worth starting
+MOST_TOKENS = 16  # rows of x in one call of the kernel that multiplies bfloat16
+_MOST_TILES = 16  # in one call of the other: the x of more would not stay in the cache
+_NAMES = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
 _ALIGNMENT = 64
 
 
@@ -34,6 +36,11 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else aligned(tensor)
 
 
+def multiplies_bfloat16(dtype: torch.dtype) -> bool:
+    """Whether activations of this dtype are multiplied as they are, in pairs, and not in float32."""
+    return _target().bfloat16 and dtype == torch.bfloat16
+
+
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
     """``x @ Wᵀ`` for a weight in panels.
 
@@ -46,25 +53,21 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
         out_features: rows of the weight.
 
     Returns:
-        bfloat16 [tokens, out].
+        x's dtype [tokens, out].
     """
     words, scale, zeros = _aligned(words), _aligned(scale), None if zeros is None else _aligned(zeros)
-    panels, groups = scale.shape[:2]
-    tokens, in_features = x.shape
-    y = torch.empty(tokens, panels * PANEL, dtype=torch.bfloat16)
-    sums = x if zeros is None else x.view(tokens, groups, in_features // groups).sum(-1, dtype=torch.float32)
-    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
-    for start in range(0, tokens if panels else 0, MOST_TOKENS):
-        kernel = _product_kernel(
-            bits, in_features // groups, min(tokens - start, MOST_TOKENS), zeros is None, scale.dtype
-        )
-        rows = (x[start].data_ptr(), sums[start].data_ptr(), _tables(bits).data_ptr(), y[start].data_ptr())
-        _run(kernel, (*weight, *rows), panels, groups, words.nbytes)
+    y = torch.empty(x.shape[0], scale.shape[0] * PANEL, dtype=x.dtype)
+    if y.numel():
+        fill = _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
+        fill(x, words, scale, zeros, bits, y)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 
 def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, panels: slice) -> Tensor:
-    """The dense weight of some panels: bfloat16 [16 * panels, in]; arguments as for :func:`product`."""
+    """The dense weight of some panels: bfloat16 [16 * panels, in]; arguments as for :func:`product`.
+
+    Only where :func:`multiplies_bfloat16`: elsewhere the products of many rows need none.
+    """
     words, scale, zeros = _aligned(words), _aligned(scale), None if zeros is None else _aligned(zeros)
     groups, in_features = scale.shape[1], words.shape[1] * unit_columns(bits)
     first, last, _ = panels.indices(words.shape[0])
@@ -77,25 +80,66 @@ def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, panels:
     return weight
 
 
-def _run(kernel: Callable[..., None], pointers: tuple[int, ...], panels: int, groups: int, nbytes: int) -> None:
-    """All panels, divided among torch's number of threads."""
-    threads = min(torch.get_num_threads(), panels, max(1, nbytes // _THREAD_BYTES))
-    if threads == 1:
-        kernel(*pointers, 0, panels, groups, panels * PANEL)
-        return
-    cuts = [panels * i // threads for i in range(threads + 1)]
-    waiting = [
-        _pool(threads - 1).submit(kernel, *pointers, first, last, groups, panels * PANEL)
-        for first, last in pairwise(cuts[1:])
-    ]
-    kernel(*pointers, 0, cuts[1], groups, panels * PANEL)
-    for each in waiting:
-        each.result()
+def tiles_of(tokens: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of x as tiles of at most ``most``, as equal as can be: first row, rows of a tile, number of such tiles."""
+    for start in range(0, tokens, most * _MOST_TILES):
+        rows = min(tokens - start, most * _MOST_TILES)
+        tiles = -(-rows // most)
+        size, larger = divmod(rows, tiles)
+        if larger:
+            yield start, size + 1, larger
+        yield start + larger * (size + 1), size, tiles - larger
 
 
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
+def tile_kernel(
+    target: Target, bits: int, group: int, symmetric: bool, scale: torch.dtype, dtype: torch.dtype, tokens: int
+) -> Callable[..., None]:
+    """The compiled function of :func:`quantkit.kernels.jit_tile_ir.tile_ir`.
+
+    Args:
+        target: one that this CPU has.
+        bits, group, symmetric: the weight, ``group`` the columns that share a scale.
+        scale: dtype of the scales.
+        dtype: of x and y.
+        tokens: rows of x in a tile.
+    """
+    return _tile_kernel(target, Kind(bits, group, symmetric, _NAMES[scale]), _NAMES[dtype], tokens)
+
+
+def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
+    """The product by the kernel that multiplies float32."""
+    (panels, groups), in_features, target = scale.shape[:2], x.shape[1], _target()
+    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    cuts = parts(panels, words.nbytes)
+    for start, tokens, tiles in tiles_of(x.shape[0], target.tile):
+        kernel = tile_kernel(target, bits, in_features // groups, zeros is None, scale.dtype, x.dtype, tokens)
+        scratch = torch.empty(len(cuts), scratch_numbers(tokens * tiles, in_features, groups), dtype=torch.float32)
+        source, own, to = x[start].data_ptr(), scratch.data_ptr(), y[start].data_ptr()
+        numbers = (groups, y.shape[1])
+        calls = [
+            (*weight, source, own + i * scratch.stride(0) * 4, to, tiles, *cut, *numbers) for i, cut in enumerate(cuts)
+        ]
+        run(kernel, calls)
+
+
+def _fill_by_pairs(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
+    """The product by the kernel that multiplies bfloat16."""
+    panels, groups = scale.shape[:2]
+    tokens, in_features = x.shape
+    sums = x if zeros is None else x.view(tokens, groups, in_features // groups).sum(-1, dtype=torch.float32)
+    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    for start in range(0, tokens, MOST_TOKENS):
+        kernel = _pairs_kernel(
+            bits, in_features // groups, min(tokens - start, MOST_TOKENS), zeros is None, scale.dtype
+        )
+        rows = (x[start].data_ptr(), sums[start].data_ptr(), _tables(bits).data_ptr(), y[start].data_ptr())
+        run(kernel, [(*weight, *rows, *cut, groups, y.shape[1]) for cut in parts(panels, words.nbytes)])
+
+
+def _target() -> Target:
+    target = chosen_target()
+    assert target is not None  # or why_not would have refused the layer
+    return target
 
 
 @lru_cache
@@ -108,32 +152,17 @@ def _tables(bits: int) -> Tensor:
 
 
 @cache
-def _product_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    return _function(matvec_ir(Kind(bits, group, symmetric, _SCALES[scale]), tokens), pointers=7, numbers=4)
+def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callable[..., None]:
+    return function(tile_ir(kind, dtype, tokens), target, len(POINTERS), len(NUMBERS))
+
+
+@cache
+def _pairs_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
+    source = matvec_ir(Kind(bits, group, symmetric, _NAMES[scale]), tokens)
+    return function(source, _target(), pointers=7, numbers=4)
 
 
 @cache
 def _dense_kernel(bits: int, group: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    return _function(dense_ir(Kind(bits, group, symmetric, _SCALES[scale])), pointers=5, numbers=3)
-
-
-def _function(source: str, pointers: int, numbers: int) -> Callable[..., None]:
-    """A module's kernel as a function that ctypes calls, without Python's lock. Takes about 20 ms."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    module = llvm.parse_assembly(source)
-    module.verify()
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
-    function = signature(engine.get_function_address(NAME))
-
-    def kernel(*arguments: int, engine: object = engine) -> None:  # noqa: ARG001 - the code lives as long as its engine
-        function(*arguments)
-
-    return kernel
+    source = dense_ir(Kind(bits, group, symmetric, _NAMES[scale]))
+    return function(source, _target(), pointers=5, numbers=3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import ClassVar
 
@@ -13,14 +12,16 @@ from torch import Tensor
 
 from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
 from quantkit.kernels.jit import aligned
+from quantkit.kernels.jit_check import why_not_here
 from quantkit.kernels.jit_op import panels_linear
+from quantkit.kernels.jit_targets import TARGETS, chosen_target
 from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
 
 
 @dataclass(frozen=True, slots=True)
 class JitBackend:
-    """bfloat16 activations on a CPU with AVX-512 and its bfloat16 instructions, contiguous groups, any bits and rows.
+    """bfloat16 activations on a CPU of :mod:`quantkit.kernels.jit_targets`, contiguous groups, any bits and rows.
 
     Products are summed in float32 and rounded once.
 
@@ -38,8 +39,8 @@ class JitBackend:
             return f"the device {spec.device_type}; it runs on cpu"
         if find_spec("llvmlite") is None:
             return "to run without llvmlite; pip install 'quantkit[cpu]'"
-        if not _has_instructions():
-            return "this CPU; its kernels use AVX-512 with bfloat16 (avx512_bf16)"
+        if chosen_target() is None:
+            return f"this CPU; its kernels are for {', '.join(target.name for target in TARGETS)}"
         if spec.scheme.act_bits is not None:
             return "quantized activations; it multiplies by activations in floating point"
         if spec.dtype != torch.bfloat16:
@@ -52,7 +53,7 @@ class JitBackend:
         columns, unit = spec.scheme.columns_per_group(spec.in_features), unit_columns(spec.scheme.bits)
         if columns % unit or not spec.in_features * spec.out_features:
             return f"groups of {columns} columns; its kernels take multiples of {unit}"
-        return None
+        return why_not_here(spec.dtype)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`."""
@@ -81,9 +82,3 @@ class JitBackend:
         else:
             zero_point = unpack_groups(packed["panel_zero"], spec.out_features)
         return QuantizedTensor(codes, scale, zero_point, spec.scheme)
-
-
-@lru_cache
-def _has_instructions() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return all(capabilities.get(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16"))

@@ -14,8 +14,7 @@ for products with many rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from quantkit.kernels.jit_text import NAME, Kind, Lines, center
 from quantkit.kernels.panels import unit_columns
 
 _AHEAD = 4096  # bytes; measured: 87 % of a plain read's speed at 4096 x 4096, without prefetches 68 %
@@ -27,26 +26,6 @@ declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloa
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """The weights that a compiled kernel reads.
-
-    Attributes:
-        bits: of a code; up to 4 are stored as nibbles, up to 8 as bytes.
-        group: columns that share a scale, a multiple of the unit's; the number of groups is an argument.
-        symmetric: whether there are no zero points.
-        scale: LLVM's name of the scales' type: bfloat, half or float.
-    """
-
-    bits: int
-    group: int
-    symmetric: bool
-    scale: str
-
-
-NAME = "kernel"
 
 
 def matvec_ir(kind: Kind, tokens: int) -> str:
@@ -67,33 +46,14 @@ def dense_ir(kind: Kind) -> str:
     return _HEADER + "\n".join(_Writer(kind).dense())
 
 
-class _Writer:
-    """Builds the text line by line; each value has a name of its own."""
+class _Writer(Lines):
+    """Writes both kernels."""
 
     def __init__(self, kind: Kind) -> None:
+        super().__init__()
         self.kind = kind
         self.units = kind.group // unit_columns(kind.bits)
         self.unroll = next(n for n in range(min(_UNROLL, self.units), 0, -1) if self.units % n == 0)
-        self.lines: list[str] = []
-        self.count = 0
-
-    def let(self, expression: str) -> str:
-        """A new value."""
-        self.count += 1
-        name = f"%v{self.count}"
-        self.lines.append(f"  {name} = {expression}")
-        return name
-
-    def address(self, base: str, index: str, size: int) -> str:
-        """``base + index * size`` bytes."""
-        return self.let(f"getelementptr i8, ptr {base}, i64 {self.let(f'mul i64 {index}, {size}')}")
-
-    def splat(self, value: str, kind: str, lanes: int) -> str:
-        """A scalar in all lanes."""
-        first = self.let(f"insertelement <{lanes} x {kind}> poison, {kind} {value}, i32 0")
-        return self.let(
-            f"shufflevector <{lanes} x {kind}> {first}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
-        )
 
     def product(self, num_tokens: int) -> list[str]:
         """All lines of the product."""
@@ -109,14 +69,14 @@ class _Writer:
         start = self.let("mul i64 %p, %groups")
         totals = [f"%total.{t}" for t in tokens]
         self.lines += ["  br label %group", "group:", "  %g = phi i64 [ 0, %panel ], [ %g.next, %scale ]"]
-        self._sums(totals, "panel", "scale")
+        self.sums(totals, "panel", "scale")
         at = self.let(f"add i64 {start}, %g")
         group_words = self.address("%words", at, self.units * 64)
         x_group = self.address("%x", "%g", kind.group * 2)
         x_tokens = [self.address(x_group, columns, 2 * t) for t in tokens]
         self.lines += ["  br label %unit", "unit:", "  %u = phi i64 [ 0, %group ], [ %u.next, %unit ]"]
         chains = [[f"%sum.{t}.{c}" for c in range(num_chains)] for t in tokens]
-        self._sums([name for chain in chains for name in chain], "group", "unit")
+        self.sums([name for chain in chains for name in chain], "group", "unit")
         sums = self._units(group_words, x_tokens, tables, [list(chain) for chain in chains])
         for chain, finals in zip(chains, sums, strict=True):
             for name, final in zip(chain, finals, strict=True):
@@ -215,12 +175,6 @@ class _Writer:
         stored = self.let(f"load <16 x {self.kind.scale}>, ptr {place}, align {16 * size}")
         return stored if size == 4 else self.let(f"fpext <16 x {self.kind.scale}> {stored} to <16 x float>")
 
-    def _sums(self, names: list[str], before: str, last: str) -> None:
-        """Sums that are 0 when block ``before`` enters this loop, and ``NAME.next`` after its block ``last``."""
-        self.lines += [
-            f"  {name} = phi <16 x float> [ zeroinitializer, %{before} ], [ {name}.next, %{last} ]" for name in names
-        ]
-
     def _units(self, words: str, x: list[str], tables: tuple[str, str], sums: list[list[str]]) -> list[list[str]]:
         """The products of the next units; returns the sums after them."""
         first = self.address(words, "%u", 64)
@@ -277,8 +231,3 @@ class _Writer:
             panel = self.let("mul i64 %p, 16")
             target = self.address("%y", self.let(f"add i64 {place}, {panel}"), 2)
             self.lines.append(f"  store <16 x bfloat> {rounded}, ptr {target}, align 2")
-
-
-def center(bits: int) -> int:
-    """The constant that the tables subtract from codes: a symmetric scheme's zero point."""
-    return 1 << (bits - 1)

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
-from quantkit.kernels.jit import dense, product
+from quantkit.kernels.jit import dense, multiplies_bfloat16, product
 from quantkit.kernels.panels import PANEL
 
-# From so many rows of x on, dequantizing for a dense product is faster. Milliseconds of process CPU time for
+# From so many rows of bfloat16 x on, where pairs of them are multiplied by the processor, dequantizing for a dense
+# product is faster. Milliseconds of process CPU time for
 # 4096 x 4096 on one core of an AMD Zen 5, kernels / dense: W4 g64 18/28 at 128 rows, 73/59 at 512; W8 26/42, 102/79.
 _DENSE_FROM = 192
 _DENSE_WEIGHTS = BLOCK_WEIGHTS
@@ -39,7 +40,7 @@ def panels_linear(
 
 
 def _product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
-    if x.shape[0] < _DENSE_FROM:
+    if x.shape[0] < _DENSE_FROM or not multiplies_bfloat16(x.dtype):
         return product(x, words, scale, zeros, bits, out_features)
     return _dense(x, words, scale, zeros, bits, out_features)
 

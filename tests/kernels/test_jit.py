@@ -14,6 +14,7 @@ from quantkit.errors import KernelError
 from quantkit.grid import dequantize, quantize_groups
 from quantkit.kernels import JitBackend, LinearSpec
 from quantkit.kernels import jit_backend as module
+from quantkit.kernels.jit import multiplies_bfloat16
 from quantkit.kernels.panels import pack_codes, pack_groups, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme, parse_scheme
@@ -22,6 +23,8 @@ BF16 = torch.bfloat16
 BACKEND = JitBackend()
 REASON = BACKEND.why_not(LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu"))
 runs_here = pytest.mark.skipif(REASON is not None, reason=f"cpu_jit refuses {REASON}")
+PAIRS = REASON is None and multiplies_bfloat16(BF16)
+has_pairs = pytest.mark.skipif(not PAIRS, reason="this CPU has no products of bfloat16 (avx512_bf16)")
 
 
 def weight_of(
@@ -95,7 +98,7 @@ def test_products_are_as_exact_as_torchs(
     assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + 1e-6 * float(scale.norm())
 
 
-@runs_here
+@has_pairs
 @settings(deadline=None, max_examples=40)
 @given(schemes, st.integers(1, 70), st.integers(1, 4), st.sampled_from([BF16, torch.float32]), st.integers(0, 9999))
 def test_the_dense_weight_is_what_dequantize_gives(
@@ -112,7 +115,7 @@ def test_the_dense_weight_is_what_dequantize_gives(
     assert torch.equal(later, found[16:48])
 
 
-@runs_here
+@has_pairs
 @pytest.mark.parametrize("name", ["w4a16_g64_asym", "w8a16_channel_sym"])
 def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a number of rows on; a few panels at a time, of which the last is short."""
@@ -131,7 +134,7 @@ def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.Monkey
 @runs_here
 def test_threads_share_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, however the panels are divided."""
-    monkeypatch.setattr("quantkit.kernels.jit._THREAD_BYTES", 1)
+    monkeypatch.setattr("quantkit.kernels.jit_threads._THREAD_BYTES", 1)
     q = weight_of(parse_scheme("w4a16_g64_asym"), 100, 256, BF16, 7)
     spec = LinearSpec.of(q, BF16)
     packed = BACKEND.prepack(q, spec)
@@ -206,7 +209,7 @@ def test_refusals(spec: LinearSpec, why: str) -> None:
 
 def test_refusals_without_llvmlite_and_on_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu")
-    monkeypatch.setattr(module, "_has_instructions", lambda: False)
+    monkeypatch.setattr(module, "chosen_target", lambda: None)
     monkeypatch.setattr(module, "find_spec", lambda _: object())
     assert "avx512_bf16" in (BACKEND.why_not(spec) or "")
     monkeypatch.setattr(module, "find_spec", lambda _: None)
