@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quantkit.errors import CheckpointError, message
 
@@ -203,23 +204,6 @@ def gating_of(module: nn.Module) -> _Gating:
     return cast(_Gating, module._apply_gate)
 
 
-def get_expert(module: nn.Module, slot: ExpertSlot) -> Tensor:
-    """A view [out, in] of one expert's layer in a module of stacked experts."""
-    parameter = module._parameters[slot.parameter]
-    assert parameter is not None, "checked by why_not_experts"
-    return parameter.data[slot.index, slot.rows]
-
-
-def set_expert(module: nn.Module, slot: ExpertSlot, weight: Tensor) -> None:
-    """Copy a weight [out, in] into its place; a parameter on the meta device is allocated first."""
-    parameter = module._parameters[slot.parameter]
-    assert parameter is not None, "checked by why_not_experts"
-    if parameter.is_meta:
-        memory = torch.empty(parameter.shape, dtype=weight.dtype, device=weight.device)
-        module._parameters[slot.parameter] = nn.Parameter(memory, requires_grad=False)
-    get_expert(module, slot).copy_(weight)
-
-
 class SplitExperts(nn.Module):
     """Stands in the place of stacked experts: the same call, each expert's three layers as modules of their own.
 
@@ -255,14 +239,32 @@ class SplitExperts(nn.Module):
             [tokens, hidden], summed over each token's experts in float32.
         """
         total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        gating = gating_of(self.gating)
         for index in torch.unique(top_k_index).tolist():
             if index >= self.num_experts:  # transformers' mark for an expert that another process holds
                 continue
-            expert = self.get_submodule(str(index))
-            gate, up, down = (cast(nn.Module, getattr(expert, leaf)) for leaf in LEAVES)
             token, place = torch.where(top_k_index == index)
-            x = hidden_states[token]
-            y = down(gating(torch.cat([gate(x), up(x)], dim=-1)))
+            y = self._layer(index, DOWN)(self.inner(index, hidden_states[token]))
             total.index_add_(0, token, (y * top_k_weights[token, place, None]).float())
         return total.to(hidden_states.dtype)
+
+    def inner(self, index: int, x: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the down of expert ``index`` reads, [tokens, intermediate].
+
+        Args:
+            index: of the expert.
+            x: [tokens, hidden].
+            weights: in place of its gate's and its up's own.
+        """
+        if weights is None:
+            both = [self._layer(index, leaf)(x) for leaf in LEAVES[:2]]
+        else:
+            both = [functional.linear(x, weight) for weight in weights]
+        return gating_of(self.gating)(torch.cat(both, dim=-1))
+
+    def gate_up(self, index: int) -> tuple[Tensor, Tensor]:
+        """The weights [intermediate, hidden] of an expert's gate and up, as they are now."""
+        gate, up = (cast(Tensor, self._layer(index, leaf).weight) for leaf in LEAVES[:2])
+        return gate, up
+
+    def _layer(self, index: int, leaf: str) -> nn.Module:
+        return self.get_submodule(f"{index}.{leaf}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantkit.activations import Activations
 from quantkit.capture import BlockInputs
 from quantkit.outliers import Outliers, StreamedOutliers
-from quantkit.skeleton import Skeleton, assign, place_buffers, release, set_weight
+from quantkit.skeleton import Skeleton, assign, place_buffers, release
 
 _BUDGET = 2 * 2**30
 
@@ -76,9 +76,6 @@ def _first(
 def _block(skeleton: Skeleton, index: int, dtype: torch.dtype) -> Iterator[None]:
     block = skeleton.blocks[index]
     assign(block, _read(skeleton, skeleton.block_tensors(index), dtype))
-    for info in skeleton.block_experts(index):
-        name = f"{info.stem}.weight"
-        set_weight(block, info, _read(skeleton, {name: name}, dtype)[name])
     try:
         yield
     finally:

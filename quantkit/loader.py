@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CheckpointError, first_line, message
-from quantkit.experts import SplitExperts
 from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
 from quantkit.model_config import CONFIG_ERRORS, open_config
@@ -69,9 +68,6 @@ def _load(model: str | Path, device: str, dtype: str, backend: str | None) -> Pr
     fmt = format_of(config)
     skeleton = open_skeleton(checkpoint, compute)
     checkpoint = skeleton.checkpoint
-    for info in skeleton.experts:
-        stacked = skeleton.model.get_submodule(info.name)
-        skeleton.model.set_submodule(info.name, SplitExperts(stacked, info, compute))
     taken = _put_quantized(skeleton, stored_layers(skeleton, fmt, config), placed, compute, backend)
     _put_dense(skeleton, checkpoint, taken, placed, compute)
     return _finished(skeleton.model, path, placed)
@@ -115,9 +111,8 @@ def _put_dense(
     skeleton: Skeleton, checkpoint: Checkpoint, taken: set[str], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Read everything else, one tensor at a time."""
-    experts = {f"{info.name}.weight": f"{info.stem}.weight" for info in skeleton.linears if info.expert is not None}
     expected = {**dict(skeleton.model.named_parameters(remove_duplicate=False)), **dict(skeleton.model.named_buffers())}
-    for name, disk in {**skeleton.disk_names, **experts}.items():
+    for name, disk in skeleton.disk_names.items():
         if disk in taken or name not in expected or disk not in checkpoint.tensors:
             continue
         if checkpoint.tensors[disk].shape != tuple(expected[name].shape):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from quantkit.capture import Measurement
+from quantkit.experts import SplitExperts
 from quantkit.layer_plan import LayerPlan
 from quantkit.routing import ExpertInputs, expert_groups
-from quantkit.skeleton import experts_of
 from quantkit.stats import LayerStats, Stat
 from quantkit.streams import Runner, Streams
 from quantkit.transforming import Samples, Transforming
@@ -24,7 +25,7 @@ class Scaled:
 
     Attributes:
         records: what was done.
-        original: the block's parameters before.
+        original: the block's parameters before, where the full-precision model runs too.
         measured: what the solvers need too, in the new scale; None: they measure in passes of their own.
     """
 
@@ -51,10 +52,10 @@ class Measuring:
         """Measure the block as it was read, and find and fold the scales of its channels; None: no such transform."""
         if not self.plan.scale_transforms or streams is None:
             return None
-        original = _weights(self.skeleton.blocks[index])
+        original = self._original(index, streams)
         apart = self.plan.recipe.true_sequential  # solvers measure later, in passes of their own
         measuring = [] if apart else [layer for layer in layers if layer.needs]
-        names = dict.fromkeys([layer.info.local for layer in measuring]) | dict.fromkeys(self._transforming.readers)
+        names = dict.fromkeys((*(layer.info.local for layer in measuring), *self._transforming.readers(index)))
         needs, everything = self.plan.transform_needs | _needs(measuring), range(len(streams.hidden))
         measured = self._measure(index, list(names), needs, streams, original, everything, None if apart else ())
         lengths = tuple(int(streams.hidden[one].shape[1]) for one in everything)
@@ -74,7 +75,8 @@ class Measuring:
         if scaled is not None and scaled.measured is not None:
             yield from _groups(layers, scaled.measured)
             return
-        sequential, original = self.plan.recipe.true_sequential, _weights(self.skeleton.blocks[index])
+        sequential = self.plan.recipe.true_sequential
+        original = self._original(index, streams)
         ordinary = [layer for layer in layers if layer.info.expert is None]
         measuring = [layer for layer in ordinary if layer.needs]
         parts = [measuring] if measuring else []
@@ -83,7 +85,7 @@ class Measuring:
             probe = self._measure(index, list(by_name), _needs(measuring), streams, original, range(1))
             parts = [[by_name[name] for name in names] for names in probe.groups()]
         yield from _groups([layer for layer in ordinary if not layer.needs], None)
-        with self._expert_inputs(index, layers, streams) as routed:
+        with self._expert_inputs(layers, streams) as routed:
             if routed and (sequential or not parts):
                 parts.append([])
             for part in parts:
@@ -100,13 +102,16 @@ class Measuring:
                 threshold = self.plan.recipe.expert_tokens_per_column
                 yield from expert_groups(members, routed.get(name), threshold, sequential)
 
+    def _original(self, index: int, streams: Streams | None) -> dict[str, nn.Parameter]:
+        """The block's parameters as they are now, where the full-precision model runs too; else nothing holds them."""
+        compared = streams is not None and streams.reference is not None
+        return _weights(self.skeleton.blocks[index]) if compared else {}
+
     @contextmanager
-    def _expert_inputs(
-        self, index: int, layers: Sequence[LayerPlan], streams: Streams | None
-    ) -> Iterator[dict[str, ExpertInputs]]:
+    def _expert_inputs(self, layers: Sequence[LayerPlan], streams: Streams | None) -> Iterator[dict[str, ExpertInputs]]:
         """For each module of experts in which something is measured, where its inputs are kept while it is solved."""
         modules = {
-            name: experts_of(self.skeleton.blocks[index], members[0].info)
+            name: cast(SplitExperts, self.skeleton.model.get_submodule(name))
             for name, members in _by_experts(layers).items()
             if any(layer.solver.needs for layer in members)
         }

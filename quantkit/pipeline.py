@@ -159,9 +159,6 @@ class Pipeline:
         for name, disk in names.items():
             if disk in stored and disk not in codes:
                 assign(block, {name: self._runner.placed(stored[disk])})
-        for info in self.skeleton.block_experts(index):
-            if info.name not in quantized:
-                set_weight(block, info, self._runner.placed(stored[f"{info.stem}.weight"]))
         for layer in quantized.values():
             self._runner.put_in(index, layer, decode_layer(self.plan, layer, stored))
         self._runner.hand_on(index, streams.hidden)
@@ -175,7 +172,7 @@ class Pipeline:
             for record in records:
                 self._announce(record, resumed=True)
             return records
-        inside = {disk for index in range(shard) for disk in self.skeleton.block_disk_names(index)}
+        inside = {disk for index in range(shard) for disk in self.skeleton.block_tensors(index).values()}
         names = [name for name in self.plan.checkpoint.tensors if name not in inside]
         tensors = self._transforming.read_outside(names, head=True)
         records = []

@@ -41,7 +41,7 @@ class Plan:
         layers: what is quantized, in the model's order.
         skipped: linear layers that stay as they are, and why.
         notes: what the user should know, one sentence each.
-        structure: of the family, where the recipe has transforms.
+        structures: of each block, where the recipe has transforms.
     """
 
     checkpoint: Checkpoint
@@ -52,7 +52,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
-    structure: Structure | None = None
+    structures: tuple[Structure, ...] = ()
 
     @cached_property
     def needs(self) -> frozenset[Stat]:
@@ -77,12 +77,12 @@ class Plan:
     @cached_property
     def changed(self) -> frozenset[str]:
         """The dense tensors, by disk name, that transforms change; all others are written as they are."""
-        if self.structure is None:
+        if not self.structures:
             return frozenset()
-        local = changed_in_block(self.structure, self.recipe.transforms)
-        outside, disk = changed_outside(self.structure, self.recipe.transforms), self.skeleton.disk_names
+        outside, disk = changed_outside(self.structures[0], self.recipe.transforms), self.skeleton.disk_names
         found = {disk[name] for name in outside if name in disk} | ({self.head} if outside else set())
-        for index in range(len(self.skeleton.blocks)):
+        for index, structure in enumerate(self.structures):
+            local = changed_in_block(structure, self.recipe.transforms)
             found |= {name for inside, name in self.skeleton.block_tensors(index).items() if inside in local}
         return frozenset(found)
 
@@ -262,7 +262,14 @@ class Plan:
 
     def block_layers(self, block: int | None) -> tuple[LayerPlan, ...]:
         """The layers to quantize in a block; None: outside of the blocks."""
-        return tuple(layer for layer in self.layers if layer.info.block == block)
+        return self._by_block.get(block, ())
+
+    @cached_property
+    def _by_block(self) -> dict[int | None, tuple[LayerPlan, ...]]:
+        found: dict[int | None, list[LayerPlan]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.info.block, []).append(layer)
+        return {block: tuple(layers) for block, layers in found.items()}
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Bytes of the hidden states between two blocks."""
@@ -293,7 +300,7 @@ class Plan:
         """
         peak = 0
         for index in range(len(self.skeleton.blocks)):
-            infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_disk_names(index)]
+            infos = [self.checkpoint.tensors[n] for n in self.skeleton.block_tensors(index).values()]
             # As read, as run, and as it was before quantization where that is compared with.
             copies = max(1, self.num_streams)
             block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)

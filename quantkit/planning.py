@@ -57,9 +57,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise RecipeError(message("rules", "nothing is left to quantize", "remove a skip rule"))
     _check_drift(recipe, layers)
     _check_clip(recipe, layers)
-    structure = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
+    structures = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
     notes = _notes(skeleton, fmt, dtype, layers)
-    plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structure)
+    plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structures)
     _check_config(plan)
     _check_share(plan)
     _check_tunings(plan)
@@ -160,12 +160,12 @@ def _choose(skeleton: Skeleton, recipe: Recipe) -> tuple[tuple[LayerPlan, ...], 
             continue
         if info.block is None:
             _check_outside(info, *choice, is_head=info.name == head)
-        if info.expert is not None and choice[0].act_bits is not None:
+        if info.expert is not None and choice[0].act_static:
             raise RecipeError(
                 message(
                     info.name,
-                    f"{choice[0]}: the activations of experts stay in floating point",
-                    f'add the rule {{match: "{info.name.rsplit(".", 2)[0]}.*", scheme: w8a16}} or choose such a scheme',
+                    f"{choice[0]}: an expert may see too few tokens for one range, and no engine runs such experts",
+                    f'add the rule {{match: "{info.expert.module}.*", scheme: w8a8}} for dynamic activations',
                 )
             )
         layers.append(LayerPlan(info, *choice))

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from quantkit.activations import Activations
 from quantkit.arch import input_group
 from quantkit.errors import CalibrationError, CheckpointError, message
-from quantkit.experts import DOWN, GATE_UP, ExpertsInfo, call_of, gating_of
+from quantkit.experts import DOWN, ExpertsInfo, SplitExperts, call_of
 from quantkit.layer_plan import LayerPlan
 from quantkit.solvers import RTN
 from quantkit.stats import LayerStats, Stat
@@ -46,7 +45,7 @@ class ExpertInputs:
     def __init__(
         self,
         info: ExpertsInfo,
-        module: nn.Module,
+        module: SplitExperts,
         lengths: Sequence[int],
         dtype: torch.dtype,
         budget: int,
@@ -145,7 +144,7 @@ def expert_groups(
         seen = inputs.num_tokens(index)
         kept = [_or_rounded(layer, seen, tokens_per_column) for layer in members]
         parts = [kept] if not sequential else [_of(kept, _GATE_UP_LEAVES), _of(kept, (DOWN,))]
-        original = inputs.module.get_parameter(GATE_UP)[index].clone() if sequential else None
+        original = inputs.module.gate_up(index) if sequential else None
         for part in parts:
             of_leaf = _measure(inputs, index, part, original)
             for group in _alike(part):
@@ -153,7 +152,7 @@ def expert_groups(
 
 
 def _measure(
-    inputs: ExpertInputs, index: int, layers: Sequence[LayerPlan], original: Tensor | None
+    inputs: ExpertInputs, index: int, layers: Sequence[LayerPlan], original: tuple[Tensor, Tensor] | None
 ) -> dict[str, LayerStats]:
     """Leaf -> the statistics of its input, for these layers of one expert.
 
@@ -164,18 +163,15 @@ def _measure(
         original: its gate and up in full precision, where they are quantized by now.
     """
     info, module = inputs.info, inputs.module
-    gate_up = module.get_parameter(GATE_UP)[index]
+    exact = module.gate_up(index) if original is None else original
+    device = exact[0].device
     first, last = _of(layers, _GATE_UP_LEAVES), _of(layers, (DOWN,))
-    at_first = LayerStats(info.hidden_size, _needs(first), gate_up.device)
-    at_last = LayerStats(info.intermediate_size, _needs(last), gate_up.device)
-    gating = gating_of(module)
+    at_first = LayerStats(info.hidden_size, _needs(first), device)
+    at_last = LayerStats(info.intermediate_size, _needs(last), device)
     for x, reference in inputs.of_expert(index):
-        both = functional.linear(x, gate_up)
         at_first.update(x, reference)
         if last:
-            inner = gating(both)
-            weight = gate_up if original is None else original
-            at_last.update(inner, None if reference is None else gating(functional.linear(reference, weight)))
+            at_last.update(module.inner(index, x), None if reference is None else module.inner(index, reference, exact))
     return {**dict.fromkeys(_GATE_UP_LEAVES, at_first), DOWN: at_last}
 
 

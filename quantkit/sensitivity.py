@@ -44,7 +44,7 @@ from quantkit.layer_plan import LayerPlan
 from quantkit.plan import Plan
 from quantkit.report import Observer, Stage, Step
 from quantkit.scheme import QuantScheme
-from quantkit.skeleton import assign, place_buffers, release, set_weight
+from quantkit.skeleton import assign, place_buffers, release
 from quantkit.stats import Stat
 from quantkit.units import Unit
 from quantkit.watching import Watch, changed
@@ -322,9 +322,6 @@ class Sensitivity:
         """The block with its weights, which are freed afterwards."""
         block, names = self._skeleton.blocks[index], self._skeleton.block_tensors(index)
         assign(block, self._read(names))
-        for info in self._skeleton.block_experts(index):
-            name = f"{info.stem}.weight"
-            set_weight(block, info, self._read({name: name})[name])
         try:
             yield block
         finally:

@@ -18,11 +18,11 @@ from quantkit.experts import (
     GATE_UP,
     ExpertsInfo,
     ExpertSlot,
+    SplitExperts,
     disk_leaves,
     experts_info,
     find_routers,
     is_experts,
-    set_expert,
     slot_on_disk,
     why_not_experts,
 )
@@ -76,15 +76,14 @@ class LinearInfo:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A causal language model on the meta device.
+    """A causal language model on the meta device; of stacked experts each layer is a module of its own.
 
     Attributes:
         model: the transformers model; parameters on meta, buffers real.
         block_path: module name of the list of decoder blocks.
         blocks: the decoder blocks, in order.
         linears: every linear layer, in the model's order.
-        disk_names: parameter (or persistent buffer) name -> tensor name on disk; without stacked experts, whose
-            layers are ``linears``.
+        disk_names: parameter (or persistent buffer) name -> tensor name on disk.
         checkpoint: the tensors on disk; stacked experts are taken apart there.
         experts: the modules of experts whose layers are among ``linears``.
         opaque_experts: modules of experts that cannot be quantized, and why.
@@ -102,17 +101,9 @@ class Skeleton:
     routers: tuple[str, ...] = ()
 
     def block_tensors(self, index: int) -> dict[str, str]:
-        """Name within block ``index`` -> tensor name on disk; without experts."""
+        """Name within block ``index`` -> tensor name on disk."""
         prefix = f"{self.block_path}.{index}."
         return {n[len(prefix) :]: disk for n, disk in self.disk_names.items() if n.startswith(prefix)}
-
-    def block_experts(self, index: int) -> tuple[LinearInfo, ...]:
-        """The experts' layers in block ``index``."""
-        return tuple(info for info in self.linears if info.block == index and info.expert is not None)
-
-    def block_disk_names(self, index: int) -> list[str]:
-        """The names on disk of all tensors of block ``index``."""
-        return [*self.block_tensors(index).values(), *(f"{info.stem}.weight" for info in self.block_experts(index))]
 
     def outside_tensors(self) -> dict[str, str]:
         """Parameter name -> tensor name on disk, for all that is not in a block."""
@@ -150,7 +141,9 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
         )
     experts, opaque = _find_experts(model)
     renamed = _renamer(model, checkpoint, experts)
-    checkpoint = _split_experts(model, checkpoint, experts, renamed)
+    checkpoint = _split_checkpoint(model, checkpoint, experts, renamed)
+    for info in experts:
+        model.set_submodule(info.name, SplitExperts(model.get_submodule(info.name), info, dtype))
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     names += [n for n in model.state_dict() if n not in set(names)]
     disk_names = {n: renamed[n] for n in names if n in renamed}
@@ -186,14 +179,9 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
 
 
 def expected_tensors(skeleton: Skeleton) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:
-    """Name in the model, name on disk if there is one, and shape of every parameter, stacked experts one by one."""
-    stacked = {f"{info.name}.{parameter}" for info in skeleton.experts for parameter in (GATE_UP, DOWN)}
+    """Name in the model, name on disk if there is one, and shape of every parameter."""
     for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
-        if name not in stacked:
-            yield name, skeleton.disk_names.get(name), tuple(parameter.shape)
-    for info in skeleton.linears:
-        if info.expert is not None:
-            yield f"{info.name}.weight", f"{info.stem}.weight", (info.out_features, info.in_features)
+        yield name, skeleton.disk_names.get(name), tuple(parameter.shape)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -208,17 +196,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def set_weight(block: nn.Module, info: LinearInfo, weight: Tensor) -> None:
-    """Put a weight [out, in] in the place of a layer's: a parameter of its own, or a part of stacked experts."""
-    if info.expert is None:
-        placed = weight.T if info.transposed else weight
-        block.get_submodule(info.local)._parameters["weight"] = nn.Parameter(placed, requires_grad=False)
-    else:
-        set_expert(experts_of(block, info), info.expert, weight)
-
-
-def experts_of(block: nn.Module, info: LinearInfo) -> nn.Module:
-    """The module of stacked experts that holds an expert's layer."""
-    return block.get_submodule(info.local.rsplit(".", 2)[0])
+    """Put a weight [out, in] in the place of a layer's."""
+    placed = weight.T if info.transposed else weight
+    block.get_submodule(info.local)._parameters["weight"] = nn.Parameter(placed, requires_grad=False)
 
 
 def place_buffers(module: nn.Module, device: torch.device) -> None:
@@ -313,7 +293,7 @@ def _renamer(model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[E
     return renamed
 
 
-def _split_experts(
+def _split_checkpoint(
     model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[ExpertsInfo], renamed: dict[str, str]
 ) -> Checkpoint:
     """A view of the checkpoint without stacked experts; their parts get the names that single experts have on disk."""
@@ -351,7 +331,7 @@ def _linear_infos(
     experts: Sequence[ExpertsInfo],
     routers: Sequence[str],
 ) -> Iterator[LinearInfo]:
-    stacks = {info.name: info for info in experts}
+    slots = {slot.name: slot for info in experts for slot in info.slots()}
     tied = set(model.all_tied_weights_keys)
     for name, module in model.named_modules():
         if is_linear(module):
@@ -369,13 +349,8 @@ def _linear_infos(
                 place[2],
                 f"{name}.weight" in tied,
                 name in routers,
+                slots.get(name),
             )
-        elif name in stacks:
-            for slot in stacks[name].slots():
-                place = _place(slot.name, block_path, renamed)
-                yield LinearInfo(
-                    slot.name, *place[:2], slot.out_features, slot.in_features, False, place[2], False, expert=slot
-                )
 
 
 def _place(name: str, block_path: str, renamed: Mapping[str, str]) -> tuple[str, str, int | None]:

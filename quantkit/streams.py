@@ -95,8 +95,6 @@ class Runner:
         """Put a block's tensors, as read, into its module."""
         names, block = self.skeleton.block_tensors(index), self.skeleton.blocks[index]
         assign(block, {name: self.placed(source[disk]) for name, disk in names.items()})
-        for info in self.skeleton.block_experts(index):
-            set_weight(block, info, self.placed(source[f"{info.stem}.weight"]))
 
     def run(self, index: int, state: Tensor) -> Tensor:
         """What block ``index`` makes of one sample's hidden state."""

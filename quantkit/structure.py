@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,7 @@ class Source(Enum):
     NORM = "the gain (and bias) of a norm"
     ROWS = "the last output rows of a linear, behind which channels are only multiplied by other things"
     VALUES = "the last output rows of a linear, which are attention values: the heads of a group share them"
-    VALUES_BY_HEAD = "the last third of the rows of each head of a linear that makes q, k and v head by head"
+    VALUES_BY_HEAD = "the last rows of each head of a linear that makes values and other things head by head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,29 @@ class ResidualStream:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts, which some blocks have in the place of their MLP; names are within the block.
+
+    Every expert and every shared MLP has ``gate_proj``, ``up_proj`` and ``down_proj``.
+
+    Attributes:
+        experts: the module of the experts.
+        routers: read what the experts read; they are not quantized.
+        shared: MLPs that every token goes through.
+    """
+
+    experts: str
+    routers: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+
+
+class Set(Enum):
+    """In the place of a config's value: any but None."""
+
+    ANY = "any value"
+
+
+@dataclass(frozen=True, slots=True)
 class Structure:
     """What transforms need to know of a family.
 
@@ -79,6 +102,7 @@ class Structure:
         residual: None where the stream cannot be rotated; ``refusal`` says why.
         refusal: a reason in words.
         requires: attributes of the config and the values without which none of this holds.
+        mixture: what stands in some blocks in the place of the MLP, see :func:`structure_of_block`.
     """
 
     norm: Norm
@@ -86,6 +110,7 @@ class Structure:
     residual: ResidualStream | None
     refusal: str = ""
     requires: tuple[tuple[str, object], ...] = ()
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +123,10 @@ class Heads:
 
 
 def find_heads(config: Any) -> Heads:
-    """The heads that a transformers config describes."""
+    """The heads that a transformers config describes; of latent attention (MLA), those of its values."""
     query = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return Heads(query, query, int(config.v_head_dim))
     value = getattr(config, "num_key_value_heads", None) or query
     dim = getattr(config, "head_dim", None) or config.hidden_size // query
     return Heads(query, int(value), int(dim))
@@ -109,6 +136,7 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _VALUES = ScaleGroup(Source.VALUES, "self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj")
 _UP = ScaleGroup(Source.ROWS, "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")
+_SPARSE = "post_attention_layernorm"  # the norm in front of a mixture
 _POST_NORMS = "its norms stand between the block's outputs and the residual stream and cannot be folded into them"
 
 _LLAMA = Structure(
@@ -125,6 +153,29 @@ _LLAMA = Structure(
         ("self_attn.o_proj", "mlp.down_proj"),
         "model.norm",
     ),
+)
+_MIXTRAL = replace(_LLAMA, mixture=Mixture("mlp.experts", ("mlp.gate",)))
+_QWEN2_MOE = replace(
+    _LLAMA, mixture=Mixture("mlp.experts", ("mlp.gate", "mlp.shared_expert_gate"), ("mlp.shared_expert",))
+)
+_LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+_DEEPSEEK = Structure(
+    Norm.RMS,
+    (
+        ScaleGroup(Source.NORM, "input_layernorm", _LATENTS, "self_attn"),
+        ScaleGroup(Source.NORM, "self_attn.q_a_layernorm", ("self_attn.q_b_proj",), "self_attn.q_b_proj"),
+        ScaleGroup(Source.NORM, "self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn.kv_b_proj"),
+        ScaleGroup(Source.VALUES_BY_HEAD, "self_attn.kv_b_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
+        *_LLAMA.groups[2:],
+    ),
+    ResidualStream(
+        ("model.embed_tokens",),
+        (("input_layernorm", _LATENTS), ("post_attention_layernorm", _GATE_UP)),
+        ("self_attn.o_proj", "mlp.down_proj"),
+        "model.norm",
+    ),
+    requires=(("q_lora_rank", Set.ANY),),
+    mixture=Mixture("mlp.experts", ("mlp.gate",), ("mlp.shared_experts",)),
 )
 _GEMMA = Structure(
     Norm.RMS_PLUS_ONE,
@@ -217,6 +268,10 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(
         "gpt2": _GPT2,
         "gpt_neox": _GPT_NEOX,
         "olmo2": _OLMO2,
+        "mixtral": _MIXTRAL,
+        "qwen2_moe": _QWEN2_MOE,
+        "qwen3_moe": _MIXTRAL,
+        "deepseek_v3": _DEEPSEEK,
     }
 )
 
@@ -231,10 +286,45 @@ def find_structure(config: Any) -> Structure | str:
     if known is None:
         return f"the structure of {config.model_type} models is not known to transforms ({', '.join(STRUCTURES)} are)"
     for name, value in known.requires:
-        if getattr(config, name, None) != value:
-            return f"transforms know {config.model_type} models with {name}={value} only"
-    groups = tuple(g for g in known.groups if all(getattr(config, n, None) == v for n, v in g.requires))
-    return Structure(known.norm, groups, known.residual, known.refusal)
+        if not _holds(config, name, value):
+            wanted = f"a {name}" if value is Set.ANY else f"{name}={value}"
+            return f"transforms know {config.model_type} models with {wanted} only"
+    groups = tuple(g for g in known.groups if all(_holds(config, n, v) for n, v in g.requires))
+    return replace(known, groups=groups, requires=())
+
+
+def _holds(config: Any, name: str, value: object) -> bool:
+    found = getattr(config, name, None)
+    return found is not None if value is Set.ANY else bool(found == value)
+
+
+def structure_of_block(structure: Structure, block: nn.Module) -> Structure:
+    """The structure of one block: where it has a mixture of experts, every layer of every expert by its name.
+
+    The norm in front of the mixture is read by its routers, and by every expert's and shared MLP's gate and up; within
+    each of these, up makes what down reads.
+
+    Args:
+        structure: of the family.
+        block: a decoder block whose experts are single layers.
+    """
+    mixture = structure.mixture
+    if mixture is None or not _has(block, mixture.experts):
+        return replace(structure, mixture=None)
+    names = (name for name, _ in block.get_submodule(mixture.experts).named_children())
+    mlps = [*(f"{mixture.experts}.{name}" for name in names if name.isdecimal()), *mixture.shared]
+    readers = (*mixture.routers, *(f"{mlp}.{leaf}_proj" for mlp in mlps for leaf in ("gate", "up")))
+    whole = mixture.experts.rpartition(".")[0]
+    groups = [group for group in structure.groups if group.parent.partition(".")[0] != whole]
+    groups.append(ScaleGroup(Source.NORM, _SPARSE, readers, whole))
+    for mlp in mlps:
+        groups.append(ScaleGroup(Source.ROWS, f"{mlp}.up_proj", (f"{mlp}.down_proj",), f"{mlp}.down_proj"))
+    stream = structure.residual
+    if stream is not None:
+        norms = (*(pair for pair in stream.norms if pair[0] != _SPARSE), (_SPARSE, readers))
+        kept = (writer for writer in stream.writers if writer.partition(".")[0] != whole)
+        stream = replace(stream, norms=norms, writers=(*kept, *(f"{mlp}.down_proj" for mlp in mlps)))
+    return replace(structure, groups=tuple(groups), residual=stream, mixture=None)
 
 
 def misfit(structure: Structure, block: nn.Module, heads: Heads) -> str | None:
@@ -267,8 +357,11 @@ def _source_misfit(group: ScaleGroup, source: nn.Module, columns: int, heads: He
     rows = _shape(source)[0]
     if group.kind is Source.ROWS:
         return None if rows >= columns else f"makes {rows} channels, and {columns} are read"
-    expected = 3 * heads.query * heads.dim if group.kind is Source.VALUES_BY_HEAD else heads.value * heads.dim
-    if columns != heads.query * heads.dim or rows < expected or heads.query % heads.value:
+    if group.kind is Source.VALUES_BY_HEAD:
+        fits = heads.value == heads.query and rows % heads.query == 0 and rows > heads.query * heads.dim
+    else:
+        fits = rows >= heads.value * heads.dim and heads.query % heads.value == 0
+    if columns != heads.query * heads.dim or not fits:
         return f"does not fit {heads.query} heads of {heads.dim} that read {heads.value}"
     return None
 

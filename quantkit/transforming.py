@@ -15,7 +15,7 @@ from quantkit.plan import Plan
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign
 from quantkit.stats import LayerStats
-from quantkit.structure import Heads, Norm, ScaleGroup, Source, Structure, find_heads
+from quantkit.structure import Heads, Norm, ScaleGroup, Source, find_heads
 from quantkit.transforms import BlockTensors, Call, Rotation, ScaleTransform, TransformRecord, clip_weight
 from quantkit.transforms.folding import fold_scale, rotate_final_norm, rotate_rows, rotate_stream, rotate_values
 from quantkit.transforms.orthogonal import Orthogonal, rotation_of
@@ -46,25 +46,24 @@ class Transforming:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan, self._device = plan, device
         self._rotations: _Rotations | None = None
-        if plan.structure is not None and plan.rotation is not None:
-            self._rotations = _Rotations(plan, plan.structure, plan.rotation)
+        if plan.structures and plan.rotation is not None:
+            self._rotations = _Rotations(plan, plan.rotation)
 
-    @property
-    def readers(self) -> tuple[str, ...]:
+    def readers(self, index: int) -> tuple[str, ...]:
         """The linears of a block whose inputs are measured for the transforms, by local name."""
-        groups = self._plan.structure.groups if self._plan.structure is not None else ()
+        groups = self._plan.structures[index].groups
         taken = [group for group in groups if any(one.takes(group) for one in self._plan.scale_transforms)]
-        clipped = [p.info.local for p in self._plan.layers if p.info.block == 0 and self._plan.clips(p.info.local)]
+        clipped = [p.info.local for p in self._plan.block_layers(index) if self._plan.clips(p.info.local)]
         return tuple(dict.fromkeys([*(reader for group in taken for reader in group.readers), *clipped]))
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A block's tensors by disk name, rotated; what was changed is wide (:class:`BlockTensors`)."""
-        source = self._plan.checkpoint.read(self._plan.skeleton.block_disk_names(index))
+        source = self._plan.checkpoint.read(self._plan.skeleton.block_tensors(index).values())
         if self._rotations is None:
             return source
         names = self._plan.skeleton.block_tensors(index)
         tensors = self._tensors(index, source)
-        self._rotations.rotate_block(tensors, f"{self._plan.skeleton.block_path}.{index}")
+        self._rotations.rotate_block(index, tensors, f"{self._plan.skeleton.block_path}.{index}")
         return source | {names[name]: tensor for name, tensor in tensors.tensors().items()}
 
     def read_outside(self, names: Iterable[str], head: bool) -> dict[str, Tensor]:
@@ -96,13 +95,12 @@ class Transforming:
             samples: in front of the block.
         """
         plan = self._plan
-        assert plan.structure is not None, "a plan with transforms has the structure that they need"
         names = plan.skeleton.block_tensors(index)
         tensors = self._tensors(index, source)
         context = _Block(plan, index, tensors, measured, samples)
         records = []
         for transform in plan.scale_transforms:
-            for group in plan.structure.groups:
+            for group in plan.structures[index].groups:
                 if transform.takes(group) and any(context.scheme(reader) is not None for reader in group.readers):
                     records.append(self._scale_group(transform, group, context))
         records += self._clip(context)
@@ -124,8 +122,7 @@ class Transforming:
         return records
 
     def _scale_group(self, transform: ScaleTransform, group: ScaleGroup, context: _Block) -> TransformRecord:
-        structure = self._plan.structure
-        assert structure is not None, "a plan with transforms has the structure that they need"
+        structure = self._plan.structures[context.index]
         try:
             found = transform.find(group, context)
         except CalibrationError as error:
@@ -157,8 +154,8 @@ class Transforming:
 class _Rotations:
     """The rotations of a run: two orthogonal matrices, made once."""
 
-    def __init__(self, plan: Plan, structure: Structure, rotation: Rotation) -> None:
-        self._plan, self._structure = plan, structure
+    def __init__(self, plan: Plan, rotation: Rotation) -> None:
+        self._plan, structure = plan, plan.structures[0]
         self._heads = find_heads(plan.skeleton.model.config)
         self.stream = structure.residual if rotation.residual else None
         self._values: Orthogonal | None = None
@@ -169,11 +166,13 @@ class _Rotations:
             assert isinstance(gain, Tensor)
             self._residual = rotation_of(gain.numel(), rotation.seed, keep_ones=structure.norm is Norm.LAYER)
 
-    def rotate_block(self, tensors: BlockTensors, where: str) -> None:
+    def rotate_block(self, index: int, tensors: BlockTensors, where: str) -> None:
+        structure = self._plan.structures[index]
         if self.stream is not None:
-            rotate_stream(tensors, self.stream, self._residual, self._structure.norm, where)
+            assert structure.residual is not None, "the blocks are of one family"
+            rotate_stream(tensors, structure.residual, self._residual, structure.norm, where)
         if self._values is not None:
-            for group in self._structure.groups:
+            for group in structure.groups:
                 if group.kind in (Source.VALUES, Source.VALUES_BY_HEAD):
                     rotate_values(tensors, group, self._values, self._heads)
 

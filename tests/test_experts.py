@@ -16,13 +16,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 import quantkit
 from quantkit.experts import (
     ExpertsInfo,
+    ExpertSlot,
     SplitExperts,
     disk_leaves,
     experts_info,
     find_routers,
-    get_expert,
     is_experts,
-    set_expert,
     slot_on_disk,
     why_not_experts,
 )
@@ -45,6 +44,21 @@ def random_experts(num_experts: int, hidden: int, inner: int, dtype: torch.dtype
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     return experts.requires_grad_(False)
+
+
+def get_expert(stacked: Any, slot: ExpertSlot) -> Any:
+    """A view [out, in] of one expert's layer in a module of stacked experts."""
+    return getattr(stacked, slot.parameter)[slot.index, slot.rows]
+
+
+def split_experts(stacked: Any, info: ExpertsInfo) -> SplitExperts:
+    """The same experts one by one; ``stacked`` has no weights afterwards."""
+    weights = {slot: get_expert(stacked, slot).clone() for slot in info.slots()}
+    split = SplitExperts(stacked, info, next(stacked.parameters()).dtype)
+    for slot, weight in weights.items():
+        layer: Any = split.get_submodule(f"{slot.index}.{slot.leaf}")
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return split
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -101,11 +115,13 @@ def test_other_layouts_are_refused(family: dict[str, Any], reason: str | None) -
 
 def test_slots_are_the_rows_of_the_stack() -> None:
     experts = random_experts(4, 64, 32)
-    module = MixtralExperts(tiny_config("mixtral", num_local_experts=4, intermediate_size=32)).to("meta")
+    module: Any = MixtralExperts(tiny_config("mixtral", num_local_experts=4, intermediate_size=32)).requires_grad_(
+        False
+    )
     for slot in INFO.slots():
-        set_expert(module, slot, get_expert(experts, slot))
-    assert torch.equal(module.gate_up_proj, experts.gate_up_proj)
-    assert torch.equal(module.down_proj, experts.down_proj)
+        get_expert(module, slot).copy_(get_expert(experts, slot))
+    assert torch.equal(module.gate_up_proj.double(), experts.gate_up_proj.float().double())
+    assert torch.equal(module.down_proj.double(), experts.down_proj.float().double())
     names = [slot.name for slot in INFO.slots()]
     assert names[3:6] == [f"model.layers.3.mlp.experts.1.{leaf}_proj" for leaf in ("gate", "up", "down")]
 
@@ -129,12 +145,8 @@ def test_split_experts_equal_stacked_ones(data: st.DataObject, seed: int) -> Non
         weights = torch.rand(tokens, k, dtype=torch.float64)
     expected = stacked(x, chosen, weights)
     info = experts_info("mlp.experts", stacked)
-    kept = {slot: get_expert(stacked, slot).clone() for slot in info.slots()}
-    split = SplitExperts(stacked, info, torch.float64)
+    split = split_experts(stacked, info)
     assert list(stacked.parameters()) == []
-    for slot, weight in kept.items():
-        layer: Any = split.get_submodule(f"{slot.index}.{slot.leaf}")
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     torch.testing.assert_close(split(x, chosen, weights), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -147,7 +147,7 @@ def test_pieces_make_the_whole(solver: GPTQ | RTN, monkeypatch: pytest.MonkeyPat
     solved = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
     whole, record = solved.weight, solved.record
     for rows in (1, 7, 50):
-        monkeypatch.setattr("quantkit.plan._HEAD_WEIGHTS_AT_ONCE", rows * 64)
+        monkeypatch.setattr("quantkit.layer_plan._HEAD_WEIGHTS_AT_ONCE", rows * 64)
         solved = solve_in_rows(layer, weight, stats, torch.device("cpu"), torch.float32)
         pieces, again = solved.weight, solved.record
         assert float((pieces.codes != whole.codes).float().mean()) < 2e-3

@@ -15,7 +15,7 @@ import pytest
 import torch
 from families import MOE_FAMILIES, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
-from test_experts import random_experts
+from test_experts import random_experts, split_experts
 from test_loader import IDS
 from test_pipeline import decoded
 from test_run import _Interrupt, files
@@ -27,7 +27,7 @@ import quantkit
 from quantkit.arch import find_blocks, find_linears
 from quantkit.checkpoint import Checkpoint
 from quantkit.cli import app
-from quantkit.experts import SplitExperts, experts_info, get_expert, set_expert
+from quantkit.experts import SplitExperts, experts_info
 from quantkit.grid import dequantize
 from quantkit.layer_plan import LayerPlan
 from quantkit.linear import QuantLinear
@@ -229,8 +229,10 @@ class Drifting:
 @torch.no_grad()
 def test_drift_of_experts(sequential: bool, tmp_path: Path) -> None:
     """The full-precision tokens are those at the places of the measured ones, through the full-precision weights."""
-    experts = random_experts(3, 8, 6, torch.float32)
-    info = experts_info("mlp.experts", experts)
+    stacked = random_experts(3, 8, 6, torch.float32)
+    info = experts_info("mlp.experts", stacked)
+    before = stacked.gate_up_proj.clone()
+    experts = split_experts(stacked, info)
     plans = [
         LayerPlan(
             LinearInfo(s.name, s.name, s.name, s.out_features, s.in_features, False, 0, False, expert=s),
@@ -250,7 +252,6 @@ def test_drift_of_experts(sequential: bool, tmp_path: Path) -> None:
                     exact[rows], top_k_index=torch.zeros(len(exact[rows]), 2).long(), top_k_weights=torch.ones(9, 2)
                 )
             experts(x[rows], chosen[rows], torch.ones(9, 2))
-    before = experts.gate_up_proj.clone()
     for group, stats in expert_groups(plans, inputs, 0.0, sequential):
         assert stats is not None
         slot = group[0].info.expert
@@ -258,7 +259,7 @@ def test_drift_of_experts(sequential: bool, tmp_path: Path) -> None:
         seen = [t for t in range(9) if slot.index in chosen[t].tolist()]
         a, b = x[seen], exact[seen]
         if slot.leaf == "down_proj":
-            gate, up = experts.gate_up_proj[slot.index].chunk(2) if sequential else before[slot.index].chunk(2)
+            gate, up = experts.gate_up(slot.index) if sequential else before[slot.index].chunk(2)
             a = nn.functional.silu(a @ gate.T) * (a @ up.T)
             gate, up = before[slot.index].chunk(2)
             b = nn.functional.silu(b @ gate.T) * (b @ up.T)
@@ -267,14 +268,17 @@ def test_drift_of_experts(sequential: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(stats.drift, 2 / len(seen) * (b - a).T @ a, rtol=1e-4, atol=1e-5)
         for layer in group:  # as the pipeline does: what is solved takes the weight's place at once
             assert layer.info.expert is not None
-            set_expert(experts, layer.info.expert, get_expert(experts, layer.info.expert).round())
+            linear: Any = experts.get_submodule(f"{layer.info.expert.index}.{layer.info.expert.leaf}")
+            linear.weight = nn.Parameter(linear.weight.round(), requires_grad=False)
     inputs.close()
 
 
 @pytest.mark.parametrize(("calls", "text"), [(0, "never ran"), (3, "quantkit cannot run this model")])
 def test_experts_called_another_number_of_times(calls: int, text: str, tmp_path: Path) -> None:
-    experts = random_experts(2, 4, 4, torch.float32)
-    inputs = ExpertInputs(experts_info("mlp.experts", experts), experts, [3, 3], torch.float32, 2**20, tmp_path)
+    stacked = random_experts(2, 4, 4, torch.float32)
+    info = experts_info("mlp.experts", stacked)
+    experts = split_experts(stacked, info)
+    inputs = ExpertInputs(info, experts, [3, 3], torch.float32, 2**20, tmp_path)
 
     def run() -> None:
         for _ in range(calls):

@@ -213,10 +213,10 @@ def test_static_activations_outside_of_blocks_and_head_are_refused(tmp_path: Pat
     assert "project_in" in str(prepare(source, tmp_path / "q", recipe={"scheme": "w8a8", "rules": rules}).plan.layers)
 
 
-def test_experts_keep_their_activations(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_experts_have_no_static_activations(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """Refused before any work, with the rule that helps."""
-    with pytest.raises(RecipeError, match=r"the activations of experts stay in floating point.*scheme: w8a16"):
-        prepare(tiny("mixtral"), tmp_path / "q", recipe={"scheme": "w8a8", "method": "rtn"})
-    rules = [{"match": "*.experts.*", "scheme": "w8a16"}]
-    plan = prepare(tiny("mixtral"), tmp_path / "q", recipe={"scheme": "w8a8", "method": "rtn", "rules": rules}).plan
-    assert {layer.scheme.act_bits for layer in plan.layers} == {8, None}
+    with pytest.raises(RecipeError, match=r"experts.*too few tokens for one range.*scheme: w8a8\} for dynamic"):
+        prepare(tiny("mixtral"), tmp_path / "q", recipe={"scheme": "w8a8_static", "method": "rtn"})
+    rules = [{"match": "*.experts.*", "scheme": "w8a8"}]
+    plan = prepare(tiny("mixtral"), tmp_path / "q", recipe={"scheme": "w8a8_static", "method": "rtn", "rules": rules})
+    assert {layer.scheme.act_static for layer in plan.plan.layers} == {True, False}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny
+from families import FAMILIES, MOE_FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from quantkit.report import layer_from_dict
 from quantkit.run import execute, prepare
 from quantkit.verify import verify_output
 
-ROTATABLE = sorted(set(FAMILIES) - {"gemma2", "gemma3_text", "olmo2"})
+ROTATABLE = sorted({*FAMILIES, *MOE_FAMILIES} - {"gemma2", "gemma3_text", "olmo2"})
 HEADS: dict[str, Any] = {"name": "rotation", "residual": False}
 
 
@@ -34,7 +34,13 @@ def only_the_first(family: str, *layers: str) -> list[dict[str, Any]]:
     return [{"match": f"*.0.{layer}", "scheme": "w8a16"} for layer in layers] + [{"match": "*", "skip": True}]
 
 
-SMALL = {"opt": "self_attn.k_proj", "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "phi3": "self_attn.o_proj"}
+SMALL = {
+    "deepseek_v3": "self_attn.q_a_proj",
+    "opt": "self_attn.k_proj",
+    "gpt2": "attn.c_proj",
+    "gpt_neox": "attention.dense",
+    "phi3": "self_attn.o_proj",
+}
 
 
 def transformed(path: Path, out: Path, family: str, transforms: list[Any], tokens: list[Tensor]) -> quantkit.Result:
@@ -123,6 +129,8 @@ def test_heads_alone_leave_a_tied_head_tied(tiny: Callable[[str], Path], tmp_pat
         ("llama", {"method": "gptq", "transforms": ["rotation", "awq"], "true_sequential": True}),
         ("gemma2", {"method": "rtn", "transforms": ["awq"]}),
         ("opt", {"method": "rtn", "transforms": ["rotation"]}),
+        ("qwen2_moe", {"method": "gptq", "transforms": ["rotation"]}),
+        ("deepseek_v3", {"method": "gptq", "transforms": ["rotation"], "true_sequential": True}),
     ],
 )
 def test_a_resumed_run_gives_the_same_bytes(
@@ -246,6 +254,7 @@ def test_bfloat16_models(tokens: list[Tensor], tmp_path: Path) -> None:
         ("opt", {"do_layer_norm_before": False}, ["awq"], "opt models with do_layer_norm_before=True only"),
         ("opt", {"word_embed_proj_dim": 32}, ["rotation"], "model.decoder.embed_tokens is not an embedding of 64"),
         ("llama", {}, ["awq", "rotation"], "put rotation first"),
+        ("deepseek_v3", {"q_lora_rank": None}, ["rotation"], "deepseek_v3 models with a q_lora_rank only"),
         ("llama", {}, ["awq", "awq"], "awq stands there 2 times"),
         ("stablelm", {}, ["awq"], "the structure of stablelm models is not known to transforms"),
     ],
@@ -254,7 +263,7 @@ def test_refusals(
     family: str, overrides: dict[str, Any], transforms: list[Any], words: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """By name, before any work, and nothing is left behind."""
-    if family not in FAMILIES:
+    if family not in {*FAMILIES, *MOE_FAMILIES}:
         monkeypatch.setitem(FAMILIES, family, {})
     path = save_tiny(family, tmp_path / "model", **overrides)
     with pytest.raises(quantkit.RecipeError, match=words):
@@ -363,6 +372,8 @@ def test_clip_is_refused_with_other_methods(tiny: Callable[[str], Path], tmp_pat
         ("gemma3_text", [HEADS, "awq"]),
         ("gpt_neox", ["rotation", "awq"]),
         ("olmo2", ["awq"]),
+        ("qwen2_moe", ["rotation"]),
+        ("deepseek_v3", ["rotation"]),
     ],
 )
 def test_only_what_transforms_change_may_differ(

@@ -30,8 +30,9 @@ def channel_rows(group: ScaleGroup, num_rows: int, num_channels: int, heads: Hea
     """
     if group.kind is not Source.VALUES_BY_HEAD:
         return torch.arange(num_rows - num_channels, num_rows)
-    inside = torch.arange(2 * heads.dim, 3 * heads.dim)
-    return (torch.arange(heads.query)[:, None] * 3 * heads.dim + inside).reshape(-1)
+    of_head = num_rows // heads.query
+    inside = torch.arange(of_head - heads.dim, of_head)
+    return (torch.arange(heads.query)[:, None] * of_head + inside).reshape(-1)
 
 
 def reader_channels(group: ScaleGroup, num_columns: int, heads: Heads) -> Tensor:

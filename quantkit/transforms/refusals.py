@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.errors import RecipeError, message
-from quantkit.structure import Structure, find_heads, find_structure, misfit
+from quantkit.structure import Structure, find_heads, find_structure, misfit, structure_of_block
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.rotation import Rotation
 from quantkit.transforms.smoothquant import SmoothQuant
@@ -30,8 +30,8 @@ def check_order(transforms: Sequence[SmoothQuant | AWQ | Rotation]) -> None:
 
 def check_model(
     transforms: Sequence[SmoothQuant | AWQ | Rotation], model: nn.Module, block_path: str, blocks: Sequence[nn.Module]
-) -> Structure | None:
-    """The structure that the transforms work on; None where there are no transforms.
+) -> tuple[Structure, ...]:
+    """The structure of each block that the transforms work on; none where there are no transforms.
 
     Args:
         transforms: of the recipe.
@@ -43,29 +43,33 @@ def check_model(
         RecipeError: the family, or this model, lacks what a transform needs.
     """
     if not transforms:
-        return None
+        return ()
     config: Any = model.config
     found = find_structure(config)
     names = ", ".join(transform.name for transform in transforms)
     if isinstance(found, str):
         raise RecipeError(message(f"transforms: {names}", found, "remove it from the recipe"))
-    for index, block in enumerate(blocks):
-        reason = misfit(found, block, find_heads(config))
+    if found.mixture is not None and (scaling := [t.name for t in transforms if not isinstance(t, Rotation)]):
+        where = f"transforms: {', '.join(scaling)}"
+        raise RecipeError(message(where, f"the channels of {config.model_type} models are not scaled", "remove it"))
+    structures = tuple(structure_of_block(found, block) for block in blocks)
+    for index, (structure, block) in enumerate(zip(structures, blocks, strict=True)):
+        reason = misfit(structure, block, find_heads(config))
         if reason is not None:
             raise RecipeError(message(f"transforms: {names}", f"{block_path}.{index} {reason}", "remove it"))
     if any(isinstance(transform, Rotation) and transform.residual for transform in transforms):
-        reason = _stream_misfit(found, model, blocks)
+        reason = _stream_misfit(structures, model, blocks)
         if reason is not None:
             where = "transforms: rotation of the residual stream"
             raise RecipeError(message(where, f"{config.model_type} models: {reason}", "use residual: false"))
-    return found
+    return structures
 
 
-def _stream_misfit(structure: Structure, model: nn.Module, blocks: Sequence[nn.Module]) -> str | None:
+def _stream_misfit(structures: Sequence[Structure], model: nn.Module, blocks: Sequence[nn.Module]) -> str | None:
     """Why the residual stream cannot be rotated; None when it can."""
-    stream = structure.residual
+    stream = structures[0].residual
     if stream is None:
-        return structure.refusal
+        return structures[0].refusal
     modules = dict(model.named_modules())
     final_gain = getattr(modules.get(stream.final_norm), "weight", None)
     if not isinstance(final_gain, Tensor):
@@ -78,9 +82,10 @@ def _stream_misfit(structure: Structure, model: nn.Module, blocks: Sequence[nn.M
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.in_features != size:
         return f"the head is not a linear layer of {size} columns"
-    for block in blocks:
+    for structure, block in zip(structures, blocks, strict=True):
+        assert structure.residual is not None, "the blocks are of one family"
         inside = dict(block.named_modules())
-        for name in (*(norm for norm, _ in stream.norms), *stream.writers):
+        for name in (*(norm for norm, _ in structure.residual.norms), *structure.residual.writers):
             if name not in inside:
                 return f"a block has no {name}"
     return None

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MOE_FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantkit.arch import find_blocks, find_linears, is_transposed
 from quantkit.errors import CheckpointError
-from quantkit.structure import Norm, ScaleGroup, Source, Structure, find_heads, find_structure, misfit
+from quantkit.experts import ExpertsInfo, SplitExperts, experts_info, is_experts
+from quantkit.structure import (
+    Norm,
+    ScaleGroup,
+    Source,
+    Structure,
+    find_heads,
+    find_structure,
+    misfit,
+    structure_of_block,
+)
 from quantkit.transforms import BlockTensors
 from quantkit.transforms.folding import (
     fold_scale,
@@ -27,7 +38,8 @@ from quantkit.transforms.folding import (
 )
 from quantkit.transforms.orthogonal import rotation_of
 
-ROTATABLE = sorted(set(FAMILIES) - {"gemma2", "gemma3_text", "olmo2"})
+ALL = (*FAMILIES, *MOE_FAMILIES)
+ROTATABLE = sorted(set(ALL) - {"gemma2", "gemma3_text", "olmo2"})
 
 
 class WideRMSNorm(nn.Module):
@@ -49,13 +61,48 @@ def wide_model(path: Path) -> Any:
             owner, _, leaf = name.rpartition(".")
             offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
             setattr(model.get_submodule(owner), leaf, WideRMSNorm(module.weight, eps, offset))
+        elif is_experts(module):
+            model.set_submodule(name, WideExperts(module, experts_info(name, module), torch.float64))
+        elif type(module).__name__ == "DeepseekV3TopkRouter":
+            module.forward = partial(wide_router, module)
     return model
+
+
+class WideExperts(SplitExperts):
+    """Split experts whose outputs are summed in float64, not float32; with the weights of the stacked ones."""
+
+    def __init__(self, stacked: Any, info: ExpertsInfo, dtype: torch.dtype) -> None:
+        weights = {slot: getattr(stacked, slot.parameter)[slot.index, slot.rows].clone() for slot in info.slots()}
+        super().__init__(stacked, info, dtype)
+        for slot, weight in weights.items():
+            layer: Any = self.get_submodule(f"{slot.index}.{slot.leaf}")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden_states)
+        for index in torch.unique(top_k_index).tolist():
+            token, place = torch.where(top_k_index == index)
+            y = self._layer(index, "down_proj")(self.inner(index, hidden_states[token]))
+            total.index_add_(0, token, y * top_k_weights[token, place, None].to(y.dtype))
+        return total
+
+
+def wide_router(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """DeepSeek's router without groups and in float64: transformers' own computes in float32."""
+    scores = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+    weights, chosen = scores.sigmoid().topk(router.top_k)
+    return scores, weights / weights.sum(-1, keepdim=True), chosen
 
 
 def structure_of(model: Any) -> Structure:
     structure = find_structure(model.config)
     assert isinstance(structure, Structure)
     return structure
+
+
+def structures_of(model: Any) -> list[tuple[nn.Module, Structure]]:
+    """Every block, and its structure."""
+    return [(block, structure_of_block(structure_of(model), block)) for block in blocks_of(model)]
 
 
 def block_tensors(block: nn.Module) -> BlockTensors:
@@ -89,13 +136,12 @@ def channels_of(model: Any, block: nn.Module, group: ScaleGroup) -> int:
     return int(reader_channels(group, columns, find_heads(model.config)).max()) + 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_scales(family: str, tiny: Callable[[str], Path], tokens: list[Tensor]) -> None:
     """Every group of every block with a scale of its own, one after the other."""
     model = wide_model(tiny(family))
     before = logits(model, tokens[0])
-    structure = structure_of(model)
-    for index, block in enumerate(blocks_of(model)):
+    for index, (block, structure) in enumerate(structures_of(model)):
         tensors = block_tensors(block)
         for place, group in enumerate(structure.groups):
             original = tensors.weight(group.readers[0]).clone()
@@ -107,15 +153,15 @@ def test_scales(family: str, tiny: Callable[[str], Path], tokens: list[Tensor]) 
     assert_same(model, tokens[0], before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_heads(family: str, tiny: Callable[[str], Path], tokens: list[Tensor]) -> None:
     model = wide_model(tiny(family))
     before = logits(model, tokens[0])
     heads = find_heads(model.config)
     rotation = rotation_of(heads.dim, 5)
-    for block in blocks_of(model):
+    for block, structure in structures_of(model):
         tensors = block_tensors(block)
-        (group,) = (g for g in structure_of(model).groups if g.kind in (Source.VALUES, Source.VALUES_BY_HEAD))
+        (group,) = (g for g in structure.groups if g.kind in (Source.VALUES, Source.VALUES_BY_HEAD))
         original = tensors.weight(group.source).clone()
         rotate_values(tensors, group, rotation, heads)
         assert float((tensors.weight(group.source) - original).abs().max()) > 1e-3
@@ -132,9 +178,10 @@ def rotate_whole(model: Any, seed: int) -> None:
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)  # untied
     rotation = rotation_of(final.weight.numel(), seed, keep_ones=structure.norm is Norm.LAYER)
-    for block in blocks_of(model):
+    for block, of_block in structures_of(model):
         tensors = block_tensors(block)
-        rotate_stream(tensors, stream, rotation, structure.norm, "block")
+        assert of_block.residual is not None
+        rotate_stream(tensors, of_block.residual, rotation, structure.norm, "block")
         block.load_state_dict(tensors.tensors())
     rotate_rows(head.weight, rotation, final.weight.double())
     for name in stream.embeddings:
@@ -177,9 +224,9 @@ def test_a_layer_norm_without_reader_biases_keeps_its_own(tiny: Callable[[str], 
 def test_everything_at_once(family: str, tiny: Callable[[str], Path], tokens: list[Tensor]) -> None:
     model = wide_model(tiny(family))
     before = logits(model, tokens[1])
-    structure, heads = structure_of(model), find_heads(model.config)
+    heads = find_heads(model.config)
     rotate_whole(model, seed=3)
-    for block in blocks_of(model):
+    for block, structure in structures_of(model):
         tensors = block_tensors(block)
         for group in structure.groups:
             if group.kind in (Source.VALUES, Source.VALUES_BY_HEAD):
@@ -245,8 +292,15 @@ def test_query_heads_that_share_a_value_head_share_its_scale(tiny: Callable[[str
     assert to_channels(per_column, channels, "mean")[:2].tolist() == [8.0, 9.0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_every_family_is_what_its_structure_says(family: str, tiny: Callable[[str], Path]) -> None:
     model = wide_model(tiny(family))
-    for block in blocks_of(model):
-        assert misfit(structure_of(model), block, find_heads(model.config)) is None
+    for block, structure in structures_of(model):
+        assert misfit(structure, block, find_heads(model.config)) is None
+        read = [reader for group in structure.groups for reader in group.readers]
+        inside = set(find_linears(block))
+        assert len(read) == len(set(read))
+        # q and k behind norms of their own, up behind an activation, fc2 behind gelu: the rest is a family's own.
+        assert set(read) <= inside | {"mlp.gate"}
+        if family in MOE_FAMILIES:
+            assert inside <= set(read)
