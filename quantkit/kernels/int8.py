@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,23 +20,20 @@ from torch import Tensor
 from quantkit.errors import KernelError, message
 from quantkit.grid import quantize_activations
 from quantkit.kernels.base import LinearSpec, act_scale_of, act_scale_tensor, check_weight, zero_point_rows
+from quantkit.kernels.byte_product import MOST_COLUMNS, byte_product, pack_bytes, unpack_bytes
 from quantkit.qtensor import QuantizedTensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_COLUMNS = (1 << 17) - 1  # 128 * 128 * columns stays below 2**31
-_OFFSET = 128  # from signed codes to the unsigned ones that oneDNN multiplies fast
 
 
 @dataclass(frozen=True, slots=True)
 class CpuInt8Backend:
-    """Quantized activations on a CPU, through oneDNN's product of unsigned and signed bytes.
+    """Quantized activations on a CPU, through oneDNN's product of bytes where that is exact, else by exact blocks.
 
-    The signed product of oneDNN is about 100 times slower, so activations are given as codes + 128 with zero point
-    128, which oneDNN takes out again; ``torch._int_mm`` is as fast for one row of x and orders the weight anew on
-    every call for more. Checked with torch 2.13.
+    See :mod:`quantkit.kernels.byte_product`. Checked with torch 2.13.
 
     Packed tensors:
-        weight_packed: int8 in oneDNN's own layout (a tensor without storage; ``to_dense`` gives the codes back).
+        weight_packed: int8 in oneDNN's own layout (a tensor without storage), or [out, in].
         scale: [out, 1], the dtype that ships.
         zero_point: uint8 [out, 1]; asymmetric only.
         act_scale: float32 [1]; static activations only.
@@ -46,13 +42,10 @@ class CpuInt8Backend:
     name: ClassVar[str] = "cpu_int8"
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        """Refuses what is not int8 x int8 with one scale per channel, and CPUs whose product is not exact."""
+        """Refuses what is not int8 x int8 with one scale per channel."""
         if spec.device_type != "cpu":
             return f"the device {spec.device_type}; it runs on cpu"
-        reason = why_not_int8(spec)
-        if reason is None and not _onednn_is_exact():
-            reason = "this CPU or build of torch, whose product of bytes is missing or overflows in 16 bits"
-        return reason
+        return why_not_int8(spec)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`. The layout is oneDNN's own business, so it is proved here to be undone.
@@ -61,8 +54,8 @@ class CpuInt8Backend:
             KernelError: also when :meth:`unpack` would not give the codes back.
         """
         check_weight(q, spec)
-        packed = {"weight_packed": _onednn_pack(_signed(q)), **_scales(q)}
-        if not torch.equal(_onednn_unpack(packed["weight_packed"]), _signed(q)):
+        packed = {"weight_packed": pack_bytes(_signed(q)), **_scales(q)}
+        if not torch.equal(unpack_bytes(packed["weight_packed"]), _signed(q)):
             what = "oneDNN does not give the codes back"
             raise KernelError(message(str(spec), what, "choose backend='simulated' and report this"))
         return packed
@@ -71,12 +64,12 @@ class CpuInt8Backend:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         codes, act_scale = quantize_activations(flat, packed.get("act_scale"))
-        y = _onednn_product(codes, packed["weight_packed"], packed["scale"].view(-1).float())
+        y = byte_product(codes, packed["weight_packed"], packed["scale"].view(-1).float())
         return _finished(y, codes, act_scale, packed, spec).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""
-        return _unpacked(_onednn_unpack(packed["weight_packed"]), packed, spec)
+        return _unpacked(unpack_bytes(packed["weight_packed"]), packed, spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +126,9 @@ def why_not_int8(spec: LinearSpec) -> str | None:
         return "a g_idx; its groups are contiguous"
     if spec.dtype not in _DTYPES:
         return f"activations of {spec.dtype}; it computes in float32, for bfloat16, float16 and float32"
-    if spec.out_features < 1 or not 1 <= spec.in_features <= _MOST_COLUMNS:
+    if spec.out_features < 1 or not 1 <= spec.in_features <= MOST_COLUMNS:
         sizes = f"{spec.in_features} x {spec.out_features}"
-        return f"sizes {sizes}; it takes at least one row, and 1 to {_MOST_COLUMNS} columns, which int32 sums hold"
+        return f"sizes {sizes}; it takes at least one row, and 1 to {MOST_COLUMNS} columns, which int32 sums hold"
     return None
 
 
@@ -174,39 +167,3 @@ def _finished(y: Tensor, codes: Tensor, act_scale: Tensor, packed: Mapping[str, 
         offset = (spec.scheme.mid - packed["zero_point"].float()) * packed["scale"].float()
         y.addmm_(codes.sum(-1, keepdim=True), offset.view(1, -1))
     return y.mul_(act_scale).to(spec.dtype)
-
-
-def _onednn_pack(signed: Tensor) -> Tensor:
-    """int8 [out, in] in oneDNN's layout, which serves any number of rows of x."""
-    return cast(Tensor, torch.ops.onednn.qlinear_prepack(signed, None))
-
-
-def _onednn_unpack(packed: Tensor) -> Tensor:
-    """The inverse of :func:`_onednn_pack`, which holds the weight transposed."""
-    return packed.to_dense().T.contiguous()
-
-
-def _onednn_product(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """``scale * (codes @ signedᵀ)``, float32 [tokens, out]; ``codes`` are whole numbers from -128 to 127, any dtype."""
-    # Through int8 and by the wrap-around of bytes: a tenth of the time of .to(torch.uint8) of the sum.
-    shifted = codes.to(torch.int8).view(torch.uint8).add_(_OFFSET)
-    if shifted.shape[0] == 0:
-        return shifted.new_empty(0, packed.shape[1], dtype=torch.float32)
-    zeros = torch.zeros(1, dtype=torch.int32)
-    product = torch.ops.onednn.qlinear_pointwise(
-        shifted, 1.0, _OFFSET, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return cast(Tensor, product)
-
-
-@cache
-def _onednn_is_exact() -> bool:
-    """Whether oneDNN's product of bytes is there and exact: without VNNI it may add pairs in 16 bits, saturating."""
-    signed = torch.full((16, 64), -128, dtype=torch.int8)
-    codes = torch.full((2, 64), 127)
-    codes[1] = -128
-    try:
-        found = _onednn_product(codes, _onednn_pack(signed), torch.ones(16))
-    except (AttributeError, RuntimeError):  # built without oneDNN, or not for this processor
-        return False
-    return torch.equal(found, (codes @ signed.long().T).float())
