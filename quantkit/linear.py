@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from quantkit.errors import InputError, KernelError, SchemeError, message
 from quantkit.grid import dequantize, quantize_groups
 from quantkit.kernels import KernelBackend, LinearSpec, ReferenceBackend, choose_backend
-from quantkit.kernels.base import row_blocks
+from quantkit.kernels.base import add_bias, row_blocks
 from quantkit.qtensor import QuantizedTensor, join_rows
 from quantkit.scheme import QuantScheme, parse_scheme
 
@@ -150,8 +150,7 @@ class QuantLinear(nn.Module):
         """
         self._check(x)
         differentiable = x.requires_grad and torch.is_grad_enabled()
-        y = _product(x, self) if differentiable else self._multiply(x)
-        return y if self.bias is None else y + self.bias
+        return add_bias(_product(x, self), self.bias) if differentiable else self._multiply(x, self.bias)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -190,8 +189,8 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.spec, self._backend, self._names = spec, backend, tuple(packed)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        return self._backend.matmul(x, self._packed(), self.spec)
+    def _multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._backend.matmul(x, self._packed(), self.spec, bias)
 
     def _multiply_transposed(self, grad: Tensor) -> Tensor:
         """``grad @ W``, [..., out] -> [..., in]; dense by blocks of rows, summed in at least float32."""

@@ -74,9 +74,9 @@ class TestReplaceLinears:
         called: list[QuantLinear] = []
         multiply = QuantLinear._multiply
 
-        def spy(self: QuantLinear, x: Tensor) -> Tensor:
+        def spy(self: QuantLinear, x: Tensor, bias: Tensor | None = None) -> Tensor:
             called.append(self)
-            return multiply(self, x)
+            return multiply(self, x, bias)
 
         monkeypatch.setattr(QuantLinear, "_multiply", spy)
         with torch.no_grad():

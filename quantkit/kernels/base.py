@@ -69,14 +69,15 @@ class KernelBackend(Protocol):
         """
         ...
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
-        """``x @ Wᵀ``, x rounded to its grid where the scheme quantizes activations
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
+        """``x @ Wᵀ + bias``, x rounded to its grid where the scheme quantizes activations
         (:func:`quantkit.grid.quantize_activations`). Not differentiable; :class:`quantkit.linear.QuantLinear` is.
 
         Args:
             x: ``spec.dtype`` [..., in], any strides.
             packed: what :meth:`prepack` returned.
             spec: the layer.
+            bias: ``spec.dtype`` [out], or None. A kernel that adds it itself does so before it rounds.
 
         Returns:
             ``spec.dtype`` [..., out].
@@ -142,6 +143,11 @@ def act_scale_of(packed: Mapping[str, Tensor], scheme: QuantScheme) -> float | N
     if list(stored.shape) != [1] or stored.dtype != torch.float32:
         raise ValueError(f"act_scale must be float32 [1], not {stored.dtype} {list(stored.shape)}")
     return float(stored)
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """``y + bias``, for backends whose kernels do not add it."""
+    return y if bias is None else y + bias
 
 
 def row_blocks(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError, message
-from quantkit.kernels.base import LinearSpec, check_weight, linear_by_rows, row_blocks, zero_point_rows
+from quantkit.kernels.base import LinearSpec, add_bias, check_weight, linear_by_rows, row_blocks, zero_point_rows
 from quantkit.qtensor import QuantizedTensor
 
 _INDEX_LIMIT = 1 << 31  # the operators index the weight with 32-bit integers
@@ -82,7 +82,7 @@ class CpuBackend:
                 raise KernelError(message(str(spec), what, "choose backend='reference' and report this"))
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         operator = _operator(spec)
         flat = x.reshape(-1, spec.in_features)
@@ -90,7 +90,7 @@ class CpuBackend:
             y = operator.matmul(flat, packed, spec)
         else:
             y = linear_by_rows(flat, lambda start, stop: _rows(packed, spec, start, stop), spec, _INT4_BLOCK)
-        return y.view(*x.shape[:-1], spec.out_features)
+        return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""

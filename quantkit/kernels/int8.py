@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantkit.errors import KernelError, message
 from quantkit.grid import quantize_activations
-from quantkit.kernels.base import LinearSpec, act_scale_of, act_scale_tensor, check_weight, zero_point_rows
+from quantkit.kernels.base import LinearSpec, act_scale_of, act_scale_tensor, add_bias, check_weight, zero_point_rows
 from quantkit.kernels.byte_product import MOST_COLUMNS, byte_product, pack_bytes, unpack_bytes
 from quantkit.qtensor import QuantizedTensor
 
@@ -60,12 +60,13 @@ class CpuInt8Backend:
             raise KernelError(message(str(spec), what, "choose backend='simulated' and report this"))
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         codes, act_scale = quantize_activations(flat, packed.get("act_scale"))
         y = byte_product(codes, packed["weight_packed"], packed["scale"].view(-1).float())
-        return _finished(y, codes, act_scale, packed, spec).view(*x.shape[:-1], spec.out_features)
+        finished = _finished(y, codes, act_scale, packed, spec)
+        return add_bias(finished, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""
@@ -101,7 +102,7 @@ class CudaInt8Backend:
         check_weight(q, spec)
         return {"weight_packed": _signed(q), **_scales(q)}
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         codes, act_scale = quantize_activations(flat, packed.get("act_scale"))
@@ -109,7 +110,8 @@ class CudaInt8Backend:
         rows = torch.nn.functional.pad(codes.to(torch.int8), (0, 0, 0, missing))
         sums = torch._int_mm(rows, packed["weight_packed"].T)[: flat.shape[0]]
         y = sums * packed["scale"].view(1, -1).float()
-        return _finished(y, codes, act_scale, packed, spec).view(*x.shape[:-1], spec.out_features)
+        finished = _finished(y, codes, act_scale, packed, spec)
+        return add_bias(finished, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""

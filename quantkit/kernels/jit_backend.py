@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
+from quantkit.kernels.base import LinearSpec, add_bias, check_weight, middle_zero_point
 from quantkit.kernels.jit import aligned
 from quantkit.kernels.jit_check import why_not_here
 from quantkit.kernels.jit_op import panels_linear
@@ -66,12 +66,12 @@ class JitBackend:
             packed["panel_zero"] = aligned(pack_groups(q.zero_point))
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features).contiguous()
         zeros = packed.get("panel_zero")
         y = panels_linear(flat, packed["words"], packed["panel_scale"], zeros, spec.scheme.bits, spec.out_features)
-        return y.view(*x.shape[:-1], spec.out_features)
+        return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""

@@ -13,6 +13,7 @@ from quantkit.kernels.base import (
     LinearSpec,
     act_scale_of,
     act_scale_tensor,
+    add_bias,
     check_weight,
     linear_by_rows,
     zero_point_rows,
@@ -67,11 +68,11 @@ class ReferenceBackend:
             packed["act_scale"] = act_scale_tensor(q)
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         y = linear_by_rows(flat, lambda start, stop: _rows(packed, spec, start, stop), spec)
-        return y.view(*x.shape[:-1], spec.out_features)
+        return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`.

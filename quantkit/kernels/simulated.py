@@ -37,9 +37,9 @@ class SimulatedBackend:
         """See :class:`KernelBackend`."""
         return _WEIGHT_ONLY.prepack(q, spec)
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
-        return _WEIGHT_ONLY.matmul(fake_quantize_activations(x, packed.get("act_scale")), packed, spec)
+        return _WEIGHT_ONLY.matmul(fake_quantize_activations(x, packed.get("act_scale")), packed, spec, bias)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""

@@ -54,7 +54,7 @@ class Tile:
     @property
     def most_registers(self) -> int | None:
         """Of a thread, told to the assembler; None leaves it to its own aim, for which it spills a few of many."""
-        return 255 if self.rows == 64 and self.tokens == 8 else None
+        return 255 if self.rows == 64 else None
 
     @property
     def weight_bytes(self) -> int:

@@ -95,7 +95,7 @@ class TritonBackend:
         packed["counters"] = torch.zeros(num_counters(packed["words"].shape[0]), dtype=torch.int32, device=device)
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         y = planes_linear(
             x.reshape(-1, spec.in_features),
@@ -103,7 +103,7 @@ class TritonBackend:
             packed["scale"],
             packed.get("zeros"),
             packed.get("order"),
-            None,
+            bias,
             packed["counters"],
             spec.scheme.bits,
             kernel_group(spec.scheme.group_size),

@@ -49,18 +49,18 @@ def round_kernel(x, codes, scales, sums, static_scale, K, padded, stride_x, STAT
 
 @triton.jit(do_not_specialize=["M", "N", "trips_per_split", "num_trips"])
 def int8_kernel(
-    codes, act_scales, act_sums, weight, scale, offset, y, partial, counters,
+    codes, act_scales, act_sums, weight, scale, offset, bias, y, partial, counters,
     M, N, padded, trips_per_split, num_trips,
-    HAS_OFFSET: tl.constexpr, SPLIT_K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``y = act_scale * (scale * Σ codes weight + offset * Σ codes)``: ROWS columns of TOKENS rows of y, a part of K.
+    """``y = act_scale * (scale * Σ codes weight + offset * Σ codes) + bias``: ROWS columns of TOKENS rows, a part of K.
 
     Grid: (token blocks, row blocks, splits of K); splits are added as in matvec_kernel.
 
     Args:
         codes: int8 [M, padded]. act_scales: float32 [M]. act_sums: int32 [M].
-        weight: int8 [N, padded]. scale, offset: float32 [N].
+        weight: int8 [N, padded]. scale, offset: float32 [N]. bias: [N].
         y: [M, N].
         partial: int32 [token blocks, splits, row blocks, TOKENS, ROWS]: scratch.
         counters: int32 [token blocks, row blocks], 0 before and after.
@@ -105,5 +105,7 @@ def int8_kernel(
             total = tl.load(act_sums + token, mask=token < M, other=0).to(tl.float32)
             out += total[None, :] * tl.load(offset + row, mask=within, other=0.0)[:, None]
         out *= tl.load(act_scales + token, mask=token < M, other=0.0)[None, :]
+        if HAS_BIAS:
+            out += tl.load(bias + row, mask=within, other=0.0).to(tl.float32)[:, None]
         where = token[None, :].to(tl.int64) * N + row[:, None]
         tl.store(y + where, out.to(y.dtype.element_ty), mask=mask & within[:, None])

@@ -24,14 +24,23 @@ _LIBRARY_ROWS = 8  # rows of the weight that torch._int_mm takes multiples of
 _INDEX_LIMIT = 1 << 31
 _INTERPRETED_SMS = 8
 
-_SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? static_scale, Tensor counters) -> Tensor"
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? static_scale, Tensor? bias, "
+    "Tensor counters) -> Tensor"
+)
 
 
 @torch.library.custom_op("quantkit::int8_linear", mutates_args=(), schema=_SCHEMA)
 def int8_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, static_scale: Tensor | None, counters: Tensor
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    static_scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
 ) -> Tensor:
-    """``x @ Wᵀ`` with x rounded to bytes; see :func:`quantkit.kernels.triton_int8_launch.int8_product`.
+    """``x @ Wᵀ + bias`` with x rounded to bytes; see :func:`quantkit.kernels.triton_int8_launch.int8_product`.
 
     The rounding is one kernel and the product with its scales another; no float copy of x is made.
     """
@@ -44,12 +53,13 @@ def int8_linear(
         sms = _INTERPRETED_SMS
         if x.device.type == "cuda":
             sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return triton_int8_launch.int8_product(x, weight, scale, offset, static_scale, counters, sms=sms)
+        return triton_int8_launch.int8_product(x, weight, scale, offset, static_scale, bias, counters, sms=sms)
     codes, act_scales, act_sums = triton_int8_launch.round_activations(x, static_scale, weight.shape[1])
     y = torch._int_mm(codes, weight.T) * scale
     if offset is not None:
         y.addmm_(act_sums[:, None].float(), offset[None, :])
-    return y.mul_(act_scales[:, None]).to(x.dtype)
+    y.mul_(act_scales[:, None])
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 @int8_linear.register_fake
@@ -59,6 +69,7 @@ def _shape(
     scale: Tensor,  # noqa: ARG001
     offset: Tensor | None,  # noqa: ARG001
     static_scale: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
     counters: Tensor,  # noqa: ARG001
 ) -> Tensor:
     """What torch.compile needs to know: the result's shape and dtype."""
@@ -104,7 +115,7 @@ class TritonInt8Backend:
         packed["counters"] = torch.zeros(blocks, dtype=torch.int32, device=q.codes.device)
         return packed
 
-    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         y = int8_linear(
@@ -113,6 +124,7 @@ class TritonInt8Backend:
             packed["row_scale"],
             packed.get("row_offset"),
             packed.get("act_scale"),
+            bias,
             packed["counters"],
         )
         return cast(Tensor, y).view(*x.shape[:-1], spec.out_features)

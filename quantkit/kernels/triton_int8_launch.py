@@ -33,11 +33,12 @@ def int8_product(
     scale: Tensor,
     offset: Tensor | None,
     static_scale: Tensor | None,
+    bias: Tensor | None,
     counters: Tensor,
     *,
     sms: int,
 ) -> Tensor:
-    """``x @ Wᵀ`` with x rounded to bytes.
+    """``x @ Wᵀ + bias`` with x rounded to bytes.
 
     Args:
         x: float16, bfloat16 or float32 [tokens, in], at least one token.
@@ -45,6 +46,7 @@ def int8_product(
         scale: float32 [out].
         offset: float32 [out], what a sum of activation codes adds: (mid - zero point) * scale; None: symmetric.
         static_scale: float32 [1], or None for dynamic scales.
+        bias: [out], any floating-point dtype, or None.
         counters: int32, one for each block of rows and tokens, 0 before and after.
         sms: multiprocessors of the device.
 
@@ -62,10 +64,10 @@ def int8_product(
     y = x.new_empty(tokens, rows, dtype=torch.float32 if knobs.runtime.interpret else x.dtype)
     partial = x.new_empty(token_blocks * splits * blocks * block * _ROWS if splits > 1 else 0, dtype=torch.int32)
     int8_kernel[(token_blocks, blocks, splits)](
-        codes, act_scales, act_sums, weight, scale, offset, y, partial, counters,
+        codes, act_scales, act_sums, weight, scale, offset, bias, y, partial, counters,
         tokens, rows, weight.shape[1], per_split, trips,
-        HAS_OFFSET=offset is not None, SPLIT_K=splits > 1, ROWS=_ROWS, TOKENS=block, COLUMNS=PADDED, STAGES=_STAGES,
-        num_warps=_WARPS,
+        HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, SPLIT_K=splits > 1, ROWS=_ROWS, TOKENS=block,
+        COLUMNS=PADDED, STAGES=_STAGES, num_warps=_WARPS,
     )  # fmt: skip
     return y.to(x.dtype)
 

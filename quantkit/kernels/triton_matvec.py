@@ -1,19 +1,13 @@
 """The Triton kernels: products of a few rows of x with a weight of 2 to 8 bits, and the weight made dense.
 
 The weight is the left operand of the tensor cores' product and x the right one, so 1 to 8 rows of x cost the same.
-Codes lie in the planes of :mod:`quantkit.kernels.planes`; a plane becomes floating-point numbers by one logical
-operation on a pair of 16-bit words, never by a conversion:
-
-    value = offset + unit * code
-
-where the code's bits are mantissa bits of float16 subnormals (offset 0, unit 2^(position - 24)) or, where the tensor
-cores were not seen to keep those, of float16 numbers from 1024 on, or of bfloat16 numbers from 128 on (unit
-2^position). What is not the code goes out by algebra: with zero point z and value v(z),
+Codes lie in the planes of :mod:`quantkit.kernels.planes`; how a plane becomes the left operand, and a zero point its
+float32 number v(z), is in :mod:`quantkit.kernels.triton_codes`. What of v(code) is not the code goes out by algebra:
 
     Σ unit (code - z) x  =  Σ v(code) x  -  v(z) Σ x,
 
-the second sum is one more product, with a constant matrix, and v(z) is read from packed zero points as v(code) is from
-codes. Units are taken out after the last product. All sums are float32.
+the second sum is one more product, with a constant matrix. Units are taken out after the last product. All sums are
+float32.
 """
 
 from __future__ import annotations
@@ -21,33 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit.kernels.triton_codes import code_unit, code_values, middle_ratio, zero_value
+
 __all__ = ["dense_kernel", "matvec_kernel"]
-
-
-@triton.constexpr_function
-def _unit(j, bits, window, unit):
-    """The value that one code step has in plane ``j``."""
-    return unit * 2 ** (j % window * bits)
-
-
-@triton.constexpr_function
-def _ratio(j, bits, window, unit, offset, mid):
-    """The middle of the grid as a value of plane ``j``, over that of plane 0."""
-    return (offset + mid * _unit(j, bits, window, unit)) / (offset + mid * unit)
-
-
-@triton.constexpr_function
-def shift_text(shift):
-    """PTX: a pair of 16-bit words shifted right."""
-    return f"shr.b32 $0, $1, {shift};"
-
-
-@triton.constexpr_function
-def number_text(mask, magic):
-    """PTX: ``(pair & mask) | magic`` in one instruction, mask and magic for each half of the pair."""
-    if magic:
-        return f"lop3.b32 $0, $1, {mask * 65537}, {magic * 65537}, 0xea;"
-    return f"and.b32 $0, $1, {mask * 65537};"
 
 
 @triton.jit
@@ -56,25 +26,6 @@ def _times(t, FACTOR: tl.constexpr):
         return t
     else:
         return t * FACTOR
-
-
-@triton.jit
-def _values(
-    word, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """``((word >> SHIFT) & MASK) | MAGIC`` of int16 words, read as DTYPE: two at a time, but for the interpreter.
-
-    Bits of the upper word that a shift of the pair moves into the lower one are masked out: MASK << SHIFT < 2^16.
-    """
-    if INTERPRET:
-        bits = ((word.to(tl.uint16, bitcast=True) >> SHIFT) & MASK) | MAGIC
-        return bits.to(tl.uint16).to(DTYPE, bitcast=True)
-    else:
-        if SHIFT > 0:
-            word = tl.inline_asm_elementwise(shift_text(SHIFT), "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
-        text: tl.constexpr = number_text(MASK, MAGIC)
-        bits = tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
-        return bits.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -94,12 +45,12 @@ def _plane_dot(
     MASK: tl.constexpr = ((1 << BITS) - 1) << ((J % WINDOW) * BITS)
     SPLIT: tl.constexpr = BITS == 8 and MAGIC == 0x4300
     if SPLIT:
-        low = _values(word, SHIFT, 0x7F, MAGIC, DTYPE, INTERPRET)
+        low = code_values(word, SHIFT, 0x7F, MAGIC, DTYPE, INTERPRET)
         sums = _dot(low, xt, sums, INTERPRET)
-        high = _values(word, SHIFT, 0x80, MAGIC, DTYPE, INTERPRET)
+        high = code_values(word, SHIFT, 0x80, MAGIC, DTYPE, INTERPRET)
         return _dot(high, xt, sums, INTERPRET)
     else:
-        return _dot(_values(word, SHIFT, MASK, MAGIC, DTYPE, INTERPRET), xt, sums, INTERPRET)
+        return _dot(code_values(word, SHIFT, MASK, MAGIC, DTYPE, INTERPRET), xt, sums, INTERPRET)
 
 
 @triton.jit
@@ -109,40 +60,6 @@ def _dot(a, b, sums, INTERPRET: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     else:
         return tl.dot(a, b, sums)
-
-
-@triton.jit
-def _zero_value(
-    word,
-    ODD: tl.constexpr,
-    J: tl.constexpr,
-    BITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """float32 v(z) of plane J, from int32 words that hold the zero points of an even group and, above, of an odd one.
-
-    Masks are for both groups, so that what is the same for both is computed once.
-    """
-    SHIFT: tl.constexpr = (J // WINDOW) * WINDOW * BITS
-    MASK: tl.constexpr = ((1 << BITS) - 1) << ((J % WINDOW) * BITS)
-    SPLIT: tl.constexpr = BITS == 8 and MAGIC == 0x4300
-    if SPLIT:
-        # A byte below the bits of float32 2^23 is 2^23 + z: two instructions, where the codes' two parts take five.
-        number = ((word >> (SHIFT + 16 * ODD)) & 0xFF) | 0x4B000000
-        return number.to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
-    else:
-        return _half(((word >> SHIFT) & (MASK * 65537)) | (MAGIC * 65537), ODD, DTYPE)
-
-
-@triton.jit
-def _half(word, ODD: tl.constexpr, DTYPE: tl.constexpr):
-    """The lower or the upper half of int32 words, read as DTYPE, in float32."""
-    if ODD:
-        word = word >> 16
-    return word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -233,6 +150,9 @@ def matvec_kernel(
     plane = tl.arange(0, PLANES)
     s_ptr = scale + scale_row[:, None] * PLANES + plane[None, :]
     group_stride = units * 16
+    STEPPING: tl.constexpr = GROUPED and TILES > 1 and REPEAT == 1  # a group a tile: the pointer steps
+    if STEPPING:
+        s_ptr += first * (TILES * group_stride * PLANES)
     base = -(OFFSET + MID * UNIT) if SYMMETRIC else 1.0
     ones = tl.full((ROWS, TILE_K), base, DTYPE)
 
@@ -246,7 +166,8 @@ def matvec_kernel(
             xt = tl.load(x_ptr + t * TILE_K, mask=x_mask, other=0.0)
             if GROUPED:
                 index = (trip * TILES + t) // REPEAT
-                group = _columns(tl.load(s_ptr + index * (group_stride * PLANES)), ROWS, PLANES)
+                s_at = s_ptr + (t if STEPPING else index) * (group_stride * PLANES)
+                group = _columns(tl.load(s_at), ROWS, PLANES)
                 if not SYMMETRIC:
                     if PAIRED:
                         if t % 2 == 0:
@@ -257,14 +178,13 @@ def matvec_kernel(
                 new = ()
                 for j in tl.static_range(PLANES):
                     if SYMMETRIC:
-                        start = _times(sums, _ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
+                        start = _times(sums, middle_ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
                         part = _plane_dot(word, xt, start, j, BITS, WINDOW, MAGIC, DTYPE, INTERPRET)
                     else:
                         start = tl.zeros((ROWS, TOKENS), tl.float32)
                         part = _plane_dot(word, xt, start, j, BITS, WINDOW, MAGIC, DTYPE, INTERPRET)
-                        part -= (
-                            _zero_value(zero, PAIRED and t % 2, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE)[:, None] * sums
-                        )
+                        value = zero_value(zero, PAIRED and t % 2, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE, INTERPRET)
+                        part -= value[:, None] * sums
                     new = new + (acc[j] + part * group[j][:, None],)
                 acc = new
             else:
@@ -275,6 +195,8 @@ def matvec_kernel(
                 acc = new
         w_ptr += (TILES * TILE_K // 64) * 1024
         x_ptr += TILES * TILE_K
+        if STEPPING:
+            s_ptr += TILES * group_stride * PLANES
 
     if not GROUPED:
         group = _columns(tl.load(s_ptr), ROWS, PLANES)
@@ -283,9 +205,10 @@ def matvec_kernel(
         new = ()
         for j in tl.static_range(PLANES):
             if SYMMETRIC:
-                part = acc[j] + _times(sums, _ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
+                part = acc[j] + _times(sums, middle_ratio(j, BITS, WINDOW, UNIT, OFFSET, MID))
             else:
-                part = acc[j] - _zero_value(zero, False, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE)[:, None] * sums
+                value = zero_value(zero, False, j, BITS, WINDOW, MAGIC, OFFSET, DTYPE, INTERPRET)
+                part = acc[j] - value[:, None] * sums
             new = new + (part * group[j][:, None],)
         acc = new
 
@@ -332,7 +255,7 @@ def _store(
 ):
     """Take plane J's unit out, add the bias, round once and store."""
     n = unit * (16 * PLANES) + 16 * J + row % 16
-    out = sums * (1.0 / _unit(J, BITS, WINDOW, UNIT))
+    out = sums * (1.0 / code_unit(J, BITS, WINDOW, UNIT))
     if HAS_BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     where = token[None, :].to(tl.int64) * N + n[:, None]

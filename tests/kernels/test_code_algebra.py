@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from quantkit.kernels import triton_matvec
+from quantkit.kernels import triton_codes
 from quantkit.kernels.tiles import choose_tile
 from quantkit.kernels.triton_launch import MAGIC_BFLOAT16, MAGIC_FLOAT16, SUBNORMAL, variant
 
@@ -44,7 +44,7 @@ def constants(bits: int, magic: int, symmetric: bool = False) -> dict[str, float
 
 
 def parts(bits: int, magic: int, plane: int) -> list[tuple[int, int]]:
-    """(shift, mask) of the products that one plane takes: the arguments that ``_plane_dot`` gives to ``_values``."""
+    """(shift, mask) of the products that one plane takes: what ``_plane_dot`` gives to ``code_values``."""
     window = int(constants(bits, magic)["WINDOW"])
     shift, at = plane // window * window * bits, plane % window * bits
     if bits == 8 and magic == MAGIC_BFLOAT16:
@@ -101,8 +101,8 @@ def test_inline_assembly_makes_the_defined_numbers(bits: int, magic: int) -> Non
     for plane in range(16 // bits):
         numbers = []
         for shift, mask in parts(bits, magic, plane):
-            shifted = emulated(triton_matvec.shift_text(shift), register) if shift else register
-            numbers.append(emulated(triton_matvec.number_text(mask, magic), shifted))
+            shifted = emulated(triton_codes.shift_text(shift), register) if shift else register
+            numbers.append(emulated(triton_codes.number_text(mask, magic), shifted))
         for half, words in ((0, WORDS), (16, upper)):
             value = sum(as_numbers(number >> half & 0xFFFF, DTYPE[magic]) for number in numbers)
             assert torch.equal(torch.as_tensor(value), defined(bits, magic, plane, words)), plane
@@ -114,17 +114,18 @@ def numbers_kernel(
     SIZE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    number = triton_matvec._values(tl.load(words + at), SHIFT, MASK, MAGIC, out.dtype.element_ty, INTERPRET)
+    number = triton_codes.code_values(tl.load(words + at), SHIFT, MASK, MAGIC, out.dtype.element_ty, INTERPRET)
     tl.store(out + at, number)
 
 
 @triton.jit
 def zeros_kernel(
     words, out, ODD: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr, WINDOW: tl.constexpr, MAGIC: tl.constexpr,
-    OFFSET: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr,
+    OFFSET: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    tl.store(out + at, triton_matvec._zero_value(tl.load(words + at), ODD, J, BITS, WINDOW, MAGIC, OFFSET, DTYPE))
+    word = tl.load(words + at)
+    tl.store(out + at, triton_codes.zero_value(word, ODD, J, BITS, WINDOW, MAGIC, OFFSET, DTYPE, INTERPRET))
 
 
 @pytest.mark.parametrize(("bits", "magic"), FORMS)
@@ -150,9 +151,42 @@ def test_zero_points_are_read_as_codes_are(bits: int, magic: int) -> None:
     for plane in range(16 // bits):
         for is_odd, words in ((False, WORDS), (True, odd)):
             out = torch.empty(len(WORDS), device=DEVICE)
-            arguments = (is_odd, plane, bits, of["WINDOW"], magic, of["OFFSET"], kind, AT_ONCE)
+            arguments = (is_odd, plane, bits, of["WINDOW"], magic, of["OFFSET"], kind, DEVICE.type == "cpu", AT_ONCE)
             zeros_kernel[GRID](packed, out, *arguments)
             assert torch.equal(out.cpu().double(), defined(bits, magic, plane, words)), plane
+
+
+def half_emulated(text: str, register: Tensor, dtype: torch.dtype) -> Tensor:
+    """The instructions that make a half of a register float32, as float64."""
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        found = re.fullmatch(r"(shl|and)\.b32 \$0, \$1, (\d+);", text)
+        assert found is not None, text
+        number = int(found[2])
+        bits = register << number & 0xFFFFFFFF if found[1] == "shl" else register & number
+        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32).double()
+    found = re.fullmatch(r"{ \.reg \.b16 (\w+), (\w+); mov\.b32 {\1, \2}, \$1; cvt\.f32\.f16 \$0, (\1|\2); }", text)
+    assert found is not None, text
+    return as_numbers(register >> 16 * (found[3] == found[2]) & 0xFFFF, dtype)
+
+
+@pytest.mark.parametrize(("bits", "magic"), [form for form in FORMS if form.values != (8, MAGIC_BFLOAT16)])
+def test_inline_assembly_reads_zero_points(bits: int, magic: int) -> None:
+    """Every word of an even group below every word of an odd one, by the text that the GPU's assembler gets."""
+    odd = WORDS * 40503 % (1 << 16)
+    register = odd << 16 | WORDS
+    for plane in range(16 // bits):
+        ((shift, mask),) = parts(bits, magic, plane)
+        shifted = emulated(triton_codes.shift_text(shift), register) if shift else register
+        both = emulated(triton_codes.number_text(mask, magic), shifted)
+        for is_odd, words in ((False, WORDS), (True, odd)):
+            text = triton_codes.half_text(is_odd, magic == MAGIC_BFLOAT16)
+            value = half_emulated(text, both, DTYPE[magic])
+            assert torch.equal(value, defined(bits, magic, plane, words)), plane
+
+
+def test_a_half_that_is_not_known_at_compile_time_is_refused() -> None:
+    with pytest.raises(TypeError, match="not known at compile time"):
+        triton_codes.half_text(torch.tensor(0), False)
 
 
 @pytest.mark.parametrize(("bits", "magic"), FORMS)
@@ -162,7 +196,7 @@ def test_zero_points_go_out_by_algebra(bits: int, magic: int) -> None:
     every = torch.arange(1 << bits)
     for plane in range(16 // bits):
         value = defined(bits, magic, plane, every << (plane * bits)).float()
-        unit = triton_matvec._unit(plane, bits, of["WINDOW"], of["UNIT"])
+        unit = triton_codes.code_unit(plane, bits, of["WINDOW"], of["UNIT"])
         assert torch.equal(value[:, None] - value[None, :], unit * (every[:, None] - every[None, :]).float())
 
 
@@ -174,7 +208,7 @@ def test_the_middle_of_a_symmetric_grid_goes_out_with_the_sum_of_x(bits: int, ma
     base = -(of["OFFSET"] + of["MID"] * of["UNIT"])
     assert float(torch.tensor(base, dtype=DTYPE[magic])) == base
     for plane in range(int(of["PLANES"])):
-        ratio = triton_matvec._ratio(plane, of["BITS"], of["WINDOW"], of["UNIT"], of["OFFSET"], of["MID"])
+        ratio = triton_codes.middle_ratio(plane, of["BITS"], of["WINDOW"], of["UNIT"], of["OFFSET"], of["MID"])
         exact = -defined(int(of["BITS"]), magic, plane, torch.tensor(int(of["MID"]) << plane * int(of["BITS"])))
         found = torch.tensor(ratio, dtype=torch.float32) * base
         assert abs(float(found) - float(exact)) <= abs(float(exact)) * 2.0**-24

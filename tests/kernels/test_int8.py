@@ -121,6 +121,18 @@ def test_the_triton_kernels_on_a_larger_layer(scheme: QuantScheme, tokens: int) 
     check_product(product(TRITON, q, x), x, q)
 
 
+@pytest.mark.parametrize("scheme", [W8A8, STATIC, ASYM], ids=str)
+def test_the_triton_kernels_add_the_bias_in_float32(scheme: QuantScheme) -> None:
+    """Over splits of K too: added once."""
+    q = random_weight(scheme, 70, 3 * 128)
+    x, bias = normal(0, 3, q.in_features), normal(1, 70)
+    spec = LinearSpec.of(q, torch.float32)
+    packed = TRITON.prepack(q, spec)
+    moved = {name: tensor.to(DEVICE) for name, tensor in packed.items()}
+    plain, with_bias = (TRITON.matmul(x.to(DEVICE), moved, spec, b).cpu() for b in (None, bias.to(DEVICE)))
+    assert torch.equal(with_bias, plain + bias)
+
+
 def test_the_triton_kernels_round_half_to_even_and_clamp() -> None:
     from quantkit.kernels.triton_int8_launch import round_activations
 
@@ -137,7 +149,7 @@ def test_the_triton_operator_keeps_torchs_contract() -> None:
     packed = TRITON.prepack(q, LinearSpec.of(q, torch.float16))
     x = normal(0, 3, 100).half().to(DEVICE)
     names = ("weight_packed", "row_scale", "row_offset")
-    torch.library.opcheck(int8_linear, (x, *(packed[name] for name in names), None, packed["counters"]))
+    torch.library.opcheck(int8_linear, (x, *(packed[name] for name in names), None, x.new_ones(40), packed["counters"]))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17, 128])

@@ -139,6 +139,23 @@ def test_splits_of_k_and_bias(splits: int) -> None:
     assert torch.equal(y, direct(q, x, splits=splits, magic=triton_launch.SUBNORMAL, bias=bias))
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 65])
+def test_the_bias_is_added_before_the_result_is_rounded(tokens: int, dtype: torch.dtype) -> None:
+    """In each kernel, and above them: closer than a sum of two rounded numbers is, with a bias that counts."""
+    q = random_weight(QuantScheme(4, 64, symmetric=False), 150, 192, dtype=dtype)
+    x, bias = normal(tokens, 192, dtype=dtype), normal(150, dtype=dtype, seed=2)
+    there = moved(q)
+    spec = LinearSpec.of(there, dtype)
+    y = BACKEND.matmul(x.to(DEVICE), BACKEND.prepack(there, spec), spec, bias.to(DEVICE)).cpu()
+    exact = x.double() @ exact_weight(q).T + bias.double()
+    torchs = torch.nn.functional.linear(x, exact_weight(q).to(dtype), bias).double()
+    assert float((y.double() - exact).norm()) <= 2 * float((torchs - exact).norm())
+    if tokens <= MOST_TOKENS:
+        twice = (product(q, x) + bias).double()
+        assert float((y.double() - exact).norm()) < 0.9 * float((twice - exact).norm())
+
+
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 64, symmetric=False), QuantScheme(8, None)], ids=str)
 def test_many_tokens_go_through_a_dense_tile(scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantkit.kernels.triton_op._DENSE_WEIGHTS", 1 << 13)  # several tiles
