@@ -34,7 +34,7 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-def fastest_cpu(scheme: str = "w4a16_g64") -> str:
-    """The backend that runs bfloat16 layers with weights of this scheme here: it depends on the CPU."""
-    refused = JitBackend().why_not(LinearSpec(128, 64, parse_scheme(scheme), BF16, "cpu"))
-    return "cpu" if refused else "cpu_jit"
+def fastest_cpu(scheme: str = "w4a16_g64", dtype: torch.dtype = BF16) -> str:
+    """The backend that runs layers with weights of this scheme here: it depends on the CPU."""
+    refused = JitBackend().why_not(LinearSpec(128, 64, parse_scheme(scheme), dtype, "cpu"))
+    return ("cpu" if dtype == BF16 else "reference") if refused else "cpu_jit"

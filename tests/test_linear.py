@@ -171,14 +171,14 @@ class TestMoving:
     @pytest.mark.parametrize(
         ("move", "dtype", "backend"),
         [
-            (lambda m: m.half(), torch.float16, "reference"),
-            (lambda m: m.float(), torch.float32, "reference"),
+            (lambda m: m.half(), torch.float16, fastest_cpu(dtype=torch.float16)),
+            (lambda m: m.float(), torch.float32, fastest_cpu(dtype=torch.float32)),
             (lambda m: m.double(), torch.float64, "reference"),
             (lambda m: m.float().bfloat16(), BF16, fastest_cpu()),
-            (lambda m: m.to(torch.float16), torch.float16, "reference"),
+            (lambda m: m.to(torch.float16), torch.float16, fastest_cpu(dtype=torch.float16)),
             (lambda m: m.to("cpu"), BF16, fastest_cpu()),
-            (lambda m: m.to("cpu", torch.float32), torch.float32, "reference"),
-            (lambda m: m.type(torch.float32), torch.float32, "reference"),
+            (lambda m: m.to("cpu", torch.float32), torch.float32, fastest_cpu(dtype=torch.float32)),
+            (lambda m: m.type(torch.float32), torch.float32, fastest_cpu(dtype=torch.float32)),
             (lambda m: m.share_memory(), BF16, fastest_cpu()),
         ],
     )

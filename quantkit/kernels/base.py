@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from quantkit.errors import KernelError, message
 from quantkit.grid import dequantize
+from quantkit.kernels.order import has_uneven_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -31,6 +32,7 @@ class LinearSpec:
         dtype: floating-point dtype of the activations, in and out.
         device_type: "cpu", "cuda", ...
         has_g_idx: True when the columns of a group are not contiguous.
+        uneven_groups: True when that gives some groups more columns than others.
     """
 
     in_features: int
@@ -39,15 +41,17 @@ class LinearSpec:
     dtype: torch.dtype
     device_type: str
     has_g_idx: bool = False
+    uneven_groups: bool = False
 
     @classmethod
     def of(cls, q: QuantizedTensor, dtype: torch.dtype) -> LinearSpec:
         """The layer that ``q`` makes, where it is, for activations of ``dtype``."""
-        return cls(q.in_features, q.out_features, q.scheme, dtype, q.codes.device.type, q.g_idx is not None)
+        device = q.codes.device.type
+        return cls(q.in_features, q.out_features, q.scheme, dtype, device, q.g_idx is not None, has_uneven_groups(q))
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        g_idx = ", g_idx" if self.has_g_idx else ""
+        g_idx = (", uneven g_idx" if self.uneven_groups else ", g_idx") if self.has_g_idx else ""
         sizes = f"{self.in_features}, {self.out_features}"
         return f"Linear({sizes}, {self.scheme}, {dtype}, {self.device_type}{g_idx})"
 

@@ -45,7 +45,7 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     """``x @ Wᵀ`` for a weight in panels.
 
     Args:
-        x: bfloat16 [tokens, in], contiguous.
+        x: bfloat16, float16 or float32 [tokens, in], contiguous.
         words: int16 [panels, units, 16, 2], aligned, see :mod:`quantkit.kernels.panels`.
         scale: bfloat16, float16 or float32 [panels, groups, 16], aligned.
         zeros: uint8 [panels, groups, 16], aligned; None: symmetric.
@@ -113,12 +113,11 @@ def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None
     cuts = parts(panels, words.nbytes)
     for start, tokens, tiles in tiles_of(x.shape[0], target.tile):
         kernel = tile_kernel(target, bits, in_features // groups, zeros is None, scale.dtype, x.dtype, tokens)
-        scratch = torch.empty(len(cuts), scratch_numbers(tokens * tiles, in_features, groups), dtype=torch.float32)
+        size = scratch_numbers(tokens * tiles, in_features, groups, bits)
+        scratch = torch.empty(len(cuts), size, dtype=torch.float32)
         source, own, to = x[start].data_ptr(), scratch.data_ptr(), y[start].data_ptr()
         numbers = (groups, y.shape[1])
-        calls = [
-            (*weight, source, own + i * scratch.stride(0) * 4, to, tiles, *cut, *numbers) for i, cut in enumerate(cuts)
-        ]
+        calls = [(*weight, source, own + 4 * size * i, to, tiles, *cut, *numbers) for i, cut in enumerate(cuts)]
         run(kernel, calls)
 
 

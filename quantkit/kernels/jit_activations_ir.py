@@ -6,47 +6,47 @@ from quantkit.kernels.jit_codes_ir import Codes
 from quantkit.kernels.jit_text import SIZES, Kind, Lines, center, constant
 
 
-def activations_ir(kind: Kind, codes: Codes, activation: str, tokens: int) -> list[str]:
-    """The function ``activations(x, to, sums, tiles, groups)``, for a module that declares what it calls.
+def activations_ir(kind: Kind, codes: Codes, activation: str, tokens: int, block: int) -> list[str]:
+    """The function ``activations(x, to, sums, tiles, blocks)``, for a module that declares what it calls.
 
     x is [tiles * tokens, in], of LLVM's type ``activation``; ``to`` float32 [tiles, in, tokens] gets x' of
-    :mod:`quantkit.kernels.jit_codes_ir`. ``sums`` float32 [tiles, groups, tokens, 2] gets what a group's sum starts at,
+    :mod:`quantkit.kernels.jit_codes_ir`. ``sums`` float32 [tiles, blocks, tokens, 2] gets what a block's sum starts at,
     and the negative sum of its x, by which each row multiplies its zero point: together they take offsets back.
     """
-    return _Writer(kind, codes, activation, tokens).text()
+    return _Writer(kind, codes, activation, tokens, block).text()
 
 
 class _Writer(Lines):
-    def __init__(self, kind: Kind, codes: Codes, activation: str, tokens: int) -> None:
+    def __init__(self, kind: Kind, codes: Codes, activation: str, tokens: int, block: int) -> None:
         super().__init__()
-        self.kind, self.codes, self.activation, self.tokens = kind, codes, activation, tokens
+        self.kind, self.codes, self.activation, self.tokens, self.block = kind, codes, activation, tokens, block
         self.lanes = codes.columns
 
     def text(self) -> list[str]:
-        """All lines: loops over tiles, groups and units."""
-        kind, tokens, size = self.kind, self.tokens, SIZES[self.activation]
+        """All lines: loops over tiles, blocks and units."""
+        tokens, size = self.tokens, SIZES[self.activation]
         self.lines += [
             "define internal void @activations("
-            "ptr noalias %x, ptr noalias %to, ptr noalias %sums, i64 %tiles, i64 %groups) {",
+            "ptr noalias %x, ptr noalias %to, ptr noalias %sums, i64 %tiles, i64 %blocks) {",
             "entry:",
         ]
-        columns = self.let(f"mul i64 %groups, {kind.group}")
+        columns = self.let(f"mul i64 %blocks, {self.block}")
         self.loop("tile", "%i", "entry", "next")
         first = self.let(f"mul i64 {columns}, {self.let(f'mul i64 %i, {tokens}')}")
         to, x = self.address("%to", first, 4), self.address("%x", first, size)
         rows = [self.address(x, columns, size * t) for t in range(tokens)]
-        sums = self.address("%sums", self.let("mul i64 %i, %groups"), 8 * tokens)
-        self.loop("group", "%g", "tile", "end")
-        start = self.let(f"mul i64 %g, {kind.group}")
-        self.loop("unit", "%u", "group", "unit")
-        self.sums([f"%{name}.{t}" for t in range(tokens) for name in ("sum", "offset")], "group", "unit", self.lanes)
+        sums = self.address("%sums", self.let("mul i64 %i, %blocks"), 8 * tokens)
+        self.loop("block", "%b", "tile", "end")
+        start = self.let(f"mul i64 %b, {self.block}")
+        self.loop("unit", "%u", "block", "unit")
+        self.sums([f"%{name}.{t}" for t in range(tokens) for name in ("sum", "offset")], "block", "unit", self.lanes)
         column = self.let(f"add i64 {start}, {self.let(f'mul i64 %u, {self.lanes}')}")
         target = self.address(to, column, 4 * tokens)
         for token, row in enumerate(rows):
             self._unit(token, self.address(row, column, size), target)
-        self.again("unit", "%u", str(kind.group // self.lanes), "end")
-        self._ends(self.address(sums, "%g", 8 * tokens))
-        self.again("group", "%g", "%groups", "next")
+        self.again("unit", "%u", str(self.block // self.lanes), "end")
+        self._ends(self.address(sums, "%b", 8 * tokens))
+        self.again("block", "%b", "%blocks", "next")
         self.again("tile", "%i", "%tiles", "done")
         self.lines += ["  ret void", "}"]
         return self.lines
@@ -70,7 +70,7 @@ class _Writer(Lines):
             self.lines.append(f"  store float {value}, ptr {place}, align 4")
 
     def _ends(self, sums: str) -> None:
-        """The end of a group: Σ (q - z) x = Σ r x' - Σ o x' - (z - s) Σ x."""
+        """The end of a block: Σ (q - z) x = Σ r x' - Σ o x' - (z - s) Σ x."""
         known = (center(self.kind.bits) if self.kind.symmetric else 0) - self.codes.subtracted  # of z - s
         for token in range(self.tokens):
             of_x, start = (self._total(f"%{name}.{token}.next") for name in ("sum", "offset"))

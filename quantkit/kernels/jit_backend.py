@@ -15,13 +15,16 @@ from quantkit.kernels.jit import aligned
 from quantkit.kernels.jit_check import why_not_here
 from quantkit.kernels.jit_op import panels_linear
 from quantkit.kernels.jit_targets import TARGETS, chosen_target
+from quantkit.kernels.order import in_order, out_of_order
 from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class JitBackend:
-    """bfloat16 activations on a CPU of :mod:`quantkit.kernels.jit_targets`, contiguous groups, any bits and rows.
+    """Weights only, on a CPU of :mod:`quantkit.kernels.jit_targets`: any bits and rows, with or without g_idx.
 
     Products are summed in float32 and rounded once.
 
@@ -29,6 +32,7 @@ class JitBackend:
         words: int16 [panels, units, 16, 2], see :mod:`quantkit.kernels.panels`.
         panel_scale: [panels, groups, 16], the dtype that ships.
         panel_zero: uint8 [panels, groups, 16]; asymmetric only.
+        order: int32 [in]; only with g_idx: the column of x for each packed column. x is permuted once a product.
     """
 
     name: ClassVar[str] = "cpu_jit"
@@ -43,10 +47,10 @@ class JitBackend:
             return f"this CPU; its kernels are for {', '.join(target.name for target in TARGETS)}"
         if spec.scheme.act_bits is not None:
             return "quantized activations; it multiplies by activations in floating point"
-        if spec.dtype != torch.bfloat16:
-            return f"activations of {spec.dtype}; its kernels multiply bfloat16"
-        if spec.has_g_idx:
-            return "a g_idx; its groups are contiguous"
+        if spec.dtype not in _DTYPES:
+            return f"activations of {spec.dtype}; its kernels take bfloat16, float16 and float32"
+        if spec.uneven_groups:
+            return "a g_idx that gives some groups more columns than others; it takes groups of one size"
         why = spec.scheme.why_not(spec.in_features)
         if why is not None:
             return why
@@ -58,19 +62,25 @@ class JitBackend:
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`."""
         check_weight(q, spec)
-        packed = {
-            "words": aligned(pack_codes(q.codes, spec.scheme.bits)),
-            "panel_scale": aligned(pack_groups(q.scale)),
-        }
+        codes, order = in_order(q)
+        packed = {} if order is None else {"order": order}
+        packed["words"] = aligned(pack_codes(codes, spec.scheme.bits))
+        packed["panel_scale"] = aligned(pack_groups(q.scale))
         if not spec.scheme.symmetric:
             packed["panel_zero"] = aligned(pack_groups(q.zero_point))
         return packed
 
     def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
-        flat = x.reshape(-1, spec.in_features).contiguous()
-        zeros = packed.get("panel_zero")
-        y = panels_linear(flat, packed["words"], packed["panel_scale"], zeros, spec.scheme.bits, spec.out_features)
+        y = panels_linear(
+            x.reshape(-1, spec.in_features),
+            packed["words"],
+            packed["panel_scale"],
+            packed.get("panel_zero"),
+            packed.get("order"),
+            spec.scheme.bits,
+            spec.out_features,
+        )
         return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
@@ -81,4 +91,7 @@ class JitBackend:
             zero_point = middle_zero_point(scale, spec.scheme)
         else:
             zero_point = unpack_groups(packed["panel_zero"], spec.out_features)
-        return QuantizedTensor(codes, scale, zero_point, spec.scheme)
+        g_idx = None
+        if spec.has_g_idx:
+            codes, g_idx = out_of_order(codes, packed["order"], spec.scheme.columns_per_group(spec.in_features))
+        return QuantizedTensor(codes, scale, zero_point, spec.scheme, g_idx)

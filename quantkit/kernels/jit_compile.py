@@ -44,8 +44,8 @@ def assembly(source: str, target: Target) -> str:
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    triple, cpu = target.example
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    triple = llvm.Target.from_triple(f"{target.architecture}-unknown-linux-gnu")
+    machine = triple.create_target_machine(cpu=target.example, opt=3)
     return str(machine.emit_assembly(_module(source)))
 
 

@@ -16,38 +16,44 @@ from quantkit.kernels.panels import PANEL
 _DENSE_FROM = 192
 _DENSE_WEIGHTS = BLOCK_WEIGHTS
 
-_SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, int bits, int out_features) -> Tensor"
+_SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, Tensor? order, int bits, int out_features) -> Tensor"
 
 
 def panels_linear(
-    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
 ) -> Tensor:
     """``x @ Wᵀ``; by way of torch's dispatcher only where torch.compile looks on, for that costs microseconds.
 
     Args:
-        x: bfloat16 [tokens, in], contiguous.
+        x: bfloat16, float16 or float32 [tokens, in].
         words: int16 [panels, units, 16, 2], see :mod:`quantkit.kernels.panels`.
         scale: [panels, groups, 16].
         zeros: uint8 [panels, groups, 16]; None: symmetric.
+        order: int32 [in], the column of x that each packed column belongs to; None: all are in place.
         bits: of a code.
         out_features: rows of the weight.
 
     Returns:
-        bfloat16 [tokens, out].
+        x's dtype [tokens, out].
     """
     chosen = _operator if torch.compiler.is_compiling() else _product
-    return chosen(x, words, scale, zeros, bits, out_features)
+    return chosen(x, words, scale, zeros, order, bits, out_features)
 
 
-def _product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
+def _product(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    x = x.contiguous() if order is None else x.index_select(1, order)
     if x.shape[0] < _DENSE_FROM or not multiplies_bfloat16(x.dtype):
         return product(x, words, scale, zeros, bits, out_features)
     return _dense(x, words, scale, zeros, bits, out_features)
 
 
 @torch.library.custom_op("quantkit::panels_linear", mutates_args=(), schema=_SCHEMA)
-def _operator(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
-    return _product(x, words, scale, zeros, bits, out_features)
+def _operator(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    return _product(x, words, scale, zeros, order, bits, out_features)
 
 
 @_operator.register_fake
@@ -56,6 +62,7 @@ def _shape(
     words: Tensor,  # noqa: ARG001
     scale: Tensor,  # noqa: ARG001
     zeros: Tensor | None,  # noqa: ARG001
+    order: Tensor | None,  # noqa: ARG001
     bits: int,  # noqa: ARG001
     out_features: int,
 ) -> Tensor:

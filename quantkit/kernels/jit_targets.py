@@ -25,8 +25,8 @@ class Target:
         without: LLVM's features that it does not use even where the CPU has them.
         tile: tokens for which a weight is decoded once; their sums fill the registers.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
-        tried: whether anybody has run its kernels. Others are tested before they are used.
-        example: LLVM's triple and CPU, to compile for it on another machine.
+        tried: dtypes of activations whose kernels somebody has run. Others are tested before they are used.
+        example: a CPU of its kind, by LLVM's name, to compile for it on another machine.
     """
 
     name: str
@@ -35,17 +35,18 @@ class Target:
     without: str
     tile: int
     bfloat16: bool
-    tried: bool
-    example: tuple[str, str]
+    tried: tuple[torch.dtype, ...]
+    example: str
 
 
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-_LINUX = "unknown-linux-gnu"
+_ALL = (torch.bfloat16, torch.float16, torch.float32)
+_X86, _ARM = "x86_64", "aarch64"
 TARGETS = (
-    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), "x86_64", "", 12, True, True, (f"x86_64-{_LINUX}", "znver4")),
-    Target("avx512", _AVX512, "x86_64", "", 12, False, False, (f"x86_64-{_LINUX}", "skylake-avx512")),
-    Target("avx2", ("avx2", "fma3", "f16c"), "x86_64", "-avx512f", 6, False, True, (f"x86_64-{_LINUX}", "znver3")),
-    Target("neon", (), "aarch64", "", 4, False, False, (f"aarch64-{_LINUX}", "neoverse-n1")),
+    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, True, (torch.bfloat16,), "znver4"),
+    Target("avx512", _AVX512, _X86, "", 12, False, (), "skylake-avx512"),
+    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 6, False, _ALL, "znver3"),
+    Target("neon", (), _ARM, "", 4, False, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""
 

@@ -3,7 +3,8 @@
 It is written once, in vectors of 16 lanes, one for each row of a panel (see :mod:`quantkit.kernels.panels`); LLVM
 makes of each as many registers as the machine needs: 2 with AVX2, 1 with AVX-512, 4 with NEON. For each column of a
 panel codes become float32 numbers (:mod:`quantkit.kernels.jit_codes_ir`) and are multiplied by each token's activation;
-at a group's end its sums are multiplied by its scales. Memory is read once, from start to end, with prefetches ahead.
+at the end of a block, a group or a part of it, sums are multiplied by scales. Memory is read once, from start to end,
+with prefetches ahead.
 
 A tile is a fixed number of tokens, for which a weight is decoded once. A panel meets all tiles while it is cached.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 from quantkit.kernels.jit_activations_ir import activations_ir
 from quantkit.kernels.jit_codes_ir import Codes
 from quantkit.kernels.jit_text import NAME, SIZES, Kind, Lines
+from quantkit.kernels.panels import unit_columns
 
 POINTERS = ("words", "scales", "zeros", "x", "scratch", "y")
 NUMBERS = ("tiles", "first", "last", "groups", "rows")
 """The arguments of the compiled function, see :func:`tile_ir`: addresses, then 64-bit integers."""
 
 _AHEAD = 4096  # bytes; measured: 75 % of a plain read's speed at 4096 x 4096, without prefetches 60 %
+_BLOCK = 128  # columns that are summed without a scale between, at most: long sums of float32 lose digits
 _UNROLL = 2  # units in one trip of the inner loop, at most
 _CHAINS = 4  # sums of one token that do not wait for each other, added at the end
 
@@ -45,46 +48,56 @@ def tile_ir(kind: Kind, activation: str, tokens: int) -> str:
     """
     codes = Codes(kind.bits, centered=activation == "float")
     writer = _Writer(kind, codes, activation, tokens)
-    return _HEADER + "\n".join([*activations_ir(kind, codes, activation, tokens), *writer.product()])
+    return _HEADER + "\n".join([*activations_ir(kind, codes, activation, tokens, writer.block), *writer.product()])
 
 
-def scratch_numbers(tokens: int, in_features: int, groups: int) -> int:
-    """float32 numbers that a call with so many rows of x in all its tiles writes: x, and two sums of each group."""
-    return tokens * (in_features + 2 * groups)
+def scratch_numbers(tokens: int, in_features: int, groups: int, bits: int) -> int:
+    """float32 numbers that a call with so many rows of x in all its tiles writes: x, and two sums of each block."""
+    return tokens * (in_features + 2 * (in_features // block_of(in_features // groups, bits)))
+
+
+def block_of(group: int, bits: int) -> int:
+    """Columns of a block: the most units that divide a group of so many, at most 128; all, where only a few would."""
+    sizes = range(min(group, _BLOCK), _BLOCK // 4, -1)
+    return next((size for size in sizes if group % size == size % unit_columns(bits) == 0), group)
 
 
 class _Writer(Lines):
     def __init__(self, kind: Kind, codes: Codes, activation: str, tokens: int) -> None:
         super().__init__()
         self.kind, self.codes, self.activation, self.tokens = kind, codes, activation, tokens
-        self.units = kind.group // codes.columns
+        self.block = block_of(kind.group, kind.bits)
+        self.units = self.block // codes.columns
         self.unroll = next(n for n in range(min(_UNROLL, self.units), 0, -1) if self.units % n == 0)
         self.chains = [[f"%sum.{t}.{c}" for c in range(max(1, _CHAINS // tokens))] for t in range(tokens)]
 
     def product(self) -> list[str]:
-        """All lines of the product: loops over panels, tiles, groups and units."""
+        """All lines of the product: loops over panels, tiles, blocks and units."""
         kind, tokens = self.kind, self.tokens
         arguments = [*(f"ptr noalias %{name}" for name in POINTERS), *(f"i64 %{name}" for name in NUMBERS)]
         self.lines += [f"define void @{NAME}({', '.join(arguments)}) {{", "entry:"]
         columns = self.let(f"mul i64 %groups, {kind.group}")
         sums = self.address("%scratch", self.let(f"mul i64 {columns}, {self.let(f'mul i64 %tiles, {tokens}')}"), 4)
-        self.lines.append(f"  call void @activations(ptr %x, ptr %scratch, ptr {sums}, i64 %tiles, i64 %groups)")
+        blocks = self.let(f"mul i64 %groups, {kind.group // self.block}")
+        self.lines.append(f"  call void @activations(ptr %x, ptr %scratch, ptr {sums}, i64 %tiles, i64 {blocks})")
         self.loop("panel", "%p", "entry", "next", start="%first")
         self.loop("tile", "%i", "panel", "store")
         x_tile = self.address("%scratch", self.let(f"mul i64 {columns}, %i"), 4 * tokens)
-        sums_tile = self.address(sums, self.let("mul i64 %i, %groups"), 8 * tokens)
-        self.loop("group", "%g", "tile", "scale")
+        sums_tile = self.address(sums, self.let(f"mul i64 %i, {blocks}"), 8 * tokens)
+        self.loop("block", "%b", "tile", "scale")
         totals = [f"%total.{t}" for t in range(tokens)]
         self.sums(totals, "tile", "scale")
-        at = self.let(f"add i64 {self.let('mul i64 %p, %groups')}, %g")
-        words = self.address("%words", at, self.units * 64)
-        x = self.address(x_tile, "%g", kind.group * 4 * tokens)
-        starts = self._starts(self.address(sums_tile, "%g", 8 * tokens), at)
-        self.loop("unit", "%u", "group", "unit")
+        group = self.let(f"udiv i64 %b, {kind.group // self.block}")
+        at = self.let(f"add i64 {self.let('mul i64 %p, %groups')}, {group}")
+        of_block = self.let(f"add i64 {self.let(f'mul i64 %p, {blocks}')}, %b")
+        words = self.address("%words", of_block, self.units * 64)
+        x = self.address(x_tile, "%b", self.block * 4 * tokens)
+        starts = self._starts(self.address(sums_tile, "%b", 8 * tokens), at)
+        self.loop("unit", "%u", "block", "unit")
         self._units(words, x, starts)
         self.again("unit", "%u", str(self.units), "scale", step=self.unroll)
         self._scaled(totals, at)
-        self.again("group", "%g", "%groups", "store")
+        self.again("block", "%b", blocks, "store")
         self._rows(totals)
         self.again("tile", "%i", "%tiles", "next")
         self.again("panel", "%p", "%last", "done")
@@ -92,7 +105,7 @@ class _Writer(Lines):
         return self.lines
 
     def _starts(self, sums: str, at: str) -> list[str]:
-        """Of each token, what the group's sum starts at: the offsets of its codes, taken back."""
+        """Of each token, what the block's sum starts at: the offsets of its codes, taken back."""
         zeros = None
         if not self.kind.symmetric:
             stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
@@ -110,8 +123,8 @@ class _Writer(Lines):
     def _units(self, words: str, x: str, starts: list[str]) -> None:
         """The products of the next units."""
         for chain, start in zip(self.chains, starts, strict=True):
-            self.lines.append(f"  {chain[0]} = phi <16 x float> [ {start}, %group ], [ {chain[0]}.next, %unit ]")
-            self.sums(chain[1:], "group", "unit")
+            self.lines.append(f"  {chain[0]} = phi <16 x float> [ {start}, %block ], [ {chain[0]}.next, %unit ]")
+            self.sums(chain[1:], "block", "unit")
         sums = [list(chain) for chain in self.chains]
         columns = self.codes.columns
         words, x = self.address(words, "%u", 64), self.address(x, "%u", 4 * columns * self.tokens)
@@ -129,7 +142,7 @@ class _Writer(Lines):
                 self.lines.append(f"  {name}.next = bitcast <16 x float> {final} to <16 x float>")
 
     def _scaled(self, totals: list[str], at: str) -> None:
-        """The end of a group: its sums, times its scales, are added to the totals."""
+        """The end of a block: its sums, times its scales, are added to the totals."""
         size = 16 * SIZES[self.kind.scale]
         scale = self.widened(self.address("%scales", at, size), self.kind.scale, 16, size)
         for chain, total in zip(self.chains, totals, strict=True):

@@ -11,8 +11,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from quantkit.errors import KernelError, message
 from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
+from quantkit.kernels.order import in_order, out_of_order
 from quantkit.kernels.planes import (
     COLUMNS,
     ROWS,
@@ -67,13 +67,15 @@ class TritonBackend:
             >= _INDEX_LIMIT
         ):
             return "a weight of 2**31 words or more; it indexes with 32-bit integers"
+        if spec.uneven_groups:
+            return "a g_idx that gives some groups more columns than others; it takes groups of one size"
         return spec.scheme.why_not(spec.in_features) or why_not_group(spec.scheme.group_size)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
         """See :class:`KernelBackend`. On a GPU the kernels that will run are first tested there, once a process.
 
         Raises:
-            KernelError: also where a g_idx makes groups of unequal sizes, or the kernels are wrong on this GPU.
+            KernelError: also where the kernels are wrong on this GPU.
         """
         check_weight(q, spec)
         bits, device = spec.scheme.bits, q.codes.device
@@ -82,12 +84,8 @@ class TritonBackend:
             from quantkit.kernels import triton_check
 
             triton_check.magic_for(device, spec.dtype, bits, group, spec.in_features, spec.scheme.symmetric)
-        packed = {}
-        codes = q.codes
-        if q.g_idx is not None:
-            order = _order(q.g_idx, spec)
-            codes = codes.index_select(1, order)
-            packed["order"] = order
+        codes, order = in_order(q)
+        packed = {} if order is None else {"order": order}
         packed["words"] = pack_words(codes, bits)
         packed["scale"] = pack_scale(q.scale, bits, repeats, groups)
         if not spec.scheme.symmetric:
@@ -123,12 +121,7 @@ class TritonBackend:
             zero_point = unpack_zeros(packed["zeros"], bits, repeats, rows, columns)
         g_idx = None
         if spec.has_g_idx:
-            order = packed["order"].long()
-            group = torch.arange(spec.in_features, dtype=torch.int32, device=order.device)
-            group //= spec.scheme.columns_per_group(spec.in_features)
-            g_idx = torch.empty_like(group)
-            g_idx[order] = group
-            codes = torch.empty_like(codes).index_copy_(1, order, codes)
+            codes, g_idx = out_of_order(codes, packed["order"], spec.scheme.columns_per_group(spec.in_features))
         return QuantizedTensor(codes, scale, zero_point, spec.scheme, g_idx)
 
 
@@ -139,15 +132,6 @@ def _grouping(spec: LinearSpec) -> tuple[int, int, int]:
         return 0, 1, 1
     columns = num_atoms(spec.in_features) * COLUMNS
     return group, spec.scheme.columns_per_group(spec.in_features) // group, -(-columns // group)
-
-
-def _order(g_idx: Tensor, spec: LinearSpec) -> Tensor:
-    """int32 [in]: columns by group, those of one group in their order."""
-    counts = torch.bincount(g_idx.long(), minlength=spec.scheme.num_groups(spec.in_features))
-    if not bool((counts == spec.scheme.columns_per_group(spec.in_features)).all()):
-        what = f"g_idx gives groups {int(counts.min())} to {int(counts.max())} columns"
-        raise KernelError(message(str(spec), what, "give every group as many, or choose backend='reference'"))
-    return torch.argsort(g_idx, stable=True).to(torch.int32)
 
 
 @cache

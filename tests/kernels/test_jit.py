@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import normal
+from strategies import assert_same, random_weight
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -73,29 +74,39 @@ schemes = st.builds(
     st.integers(1, 5),
     st.integers(0, 40),
     st.sampled_from([BF16, torch.float16, torch.float32]),
+    st.sampled_from([BF16, torch.float16, torch.float32]),
+    st.booleans(),
     st.integers(0, 9999),
 )
 def test_products_are_as_exact_as_torchs(
-    scheme: QuantScheme, out_features: int, groups: int, tokens: int, dtype: torch.dtype, seed: int
+    scheme: QuantScheme,
+    out_features: int,
+    groups: int,
+    tokens: int,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    act_order: bool,
+    seed: int,
 ) -> None:
     """Any rows of weight and x; x has a mean, which zero points magnify. And unpack is exact."""
     in_features = groups * (scheme.group_size or 40)
-    q = weight_of(scheme, out_features, in_features, dtype, seed)
-    spec = LinearSpec.of(q, BF16)
+    q = weight_of(scheme, out_features, in_features, scale_dtype, seed)
+    if act_order:
+        q = random_weight(scheme, out_features, in_features, seed=seed, dtype=scale_dtype, act_order=True)
+    spec = LinearSpec.of(q, dtype)
     packed = BACKEND.prepack(q, spec)
     back = BACKEND.unpack(packed, spec)
-    assert torch.equal(back.codes, q.codes)
-    assert torch.equal(back.scale, q.scale)
-    assert torch.equal(back.zero_point, q.zero_point)
-    x = (normal(tokens, in_features, seed=seed + 1) + 0.3).to(BF16)
+    assert_same(back, q)
+    x = (normal(tokens, in_features, seed=seed + 1) + 0.3).to(dtype)
     y = BACKEND.matmul(x, packed, spec)
-    assert (y.shape, y.dtype) == ((tokens, out_features), BF16)
+    assert (y.shape, y.dtype) == ((tokens, out_features), dtype)
     if tokens == 0:
         return
     exact = x.double() @ dequantize(q, torch.float64).T
-    theirs = linear(x, dequantize(q, BF16)).double()
+    theirs = linear(x, dequantize(q, dtype)).double()
+    lost = 6e-8 if dtype == torch.float32 else 1e-6
     scale = x.double().abs() @ dequantize(q, torch.float64).abs().T  # what float32 sums may lose a share of
-    assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + 1e-6 * float(scale.norm())
+    assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + lost * float(scale.norm())
 
 
 @has_pairs
@@ -153,10 +164,10 @@ def test_threads_share_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @runs_here
 def test_one_node_for_torch_compile() -> None:
-    q = weight_of(parse_scheme("w4a16_g64_asym"), 48, 128, BF16, 7)
+    q = random_weight(parse_scheme("w4a16_g64_asym"), 48, 128, act_order=True)
     spec = LinearSpec.of(q, BF16)
     packed = BACKEND.prepack(q, spec)
-    arguments = (packed["words"], packed["panel_scale"], packed["panel_zero"], 4, 48)
+    arguments = (packed["words"], packed["panel_scale"], packed["panel_zero"], packed["order"], 4, 48)
     x = normal(2, 128).to(BF16)
     torch.library.opcheck(torch.ops.quantkit.panels_linear.default, (x, *arguments))
     torch._dynamo.reset()
@@ -195,9 +206,9 @@ def test_nan_and_infinity_come_through() -> None:
     ("spec", "why"),
     [
         (LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cuda"), "device cuda"),
-        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), torch.float32, "cpu"), "float32"),
+        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), torch.float64, "cpu"), "float64"),
         (LinearSpec(64, 64, parse_scheme("w8a8"), BF16, "cpu"), "quantized activations"),
-        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu", has_g_idx=True), "g_idx"),
+        (LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu", True, True), "more columns than others"),
         (LinearSpec(100, 64, parse_scheme("w4a16_channel"), BF16, "cpu"), "multiples of 8"),
         (LinearSpec(66, 64, parse_scheme("w8a16_channel"), BF16, "cpu"), "multiples of 4"),
     ],

@@ -108,7 +108,7 @@ def test_an_untried_target_is_tested_before_it_is_used(monkeypatch: pytest.Monke
 
 
 @needs_target
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_self_test_passes_here(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """And fails where a product is off by one part in fifty."""
     target = chosen_target()
@@ -133,4 +133,6 @@ def test_every_target_of_this_cpu_is_right(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv(VARIABLE, name)
     for bits in (4, 8):
         for symmetric in (True, False):
-            assert jit_check._error(QuantScheme(bits, 64, symmetric=symmetric), torch.bfloat16, 20) < 0.01
+            scheme = QuantScheme(bits, 64, symmetric=symmetric)
+            for dtype, most in ((torch.bfloat16, 0.01), (torch.float16, 0.001), (torch.float32, 1e-6)):
+                assert jit_check._error(scheme, dtype, 20) < most

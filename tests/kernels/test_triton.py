@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +12,7 @@ from strategies import assert_same, error_ratio, exact_weight, random_weight, we
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.kernels import LinearSpec, TritonBackend
+from quantkit.kernels import LinearSpec, TritonBackend, choose_backend
 from quantkit.linear import QuantLinear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
@@ -204,12 +206,15 @@ def test_every_block_has_a_counter(bits: int) -> None:
                 assert blocks <= num_counters(units)
 
 
-def test_groups_of_unequal_sizes_are_refused() -> None:
+def test_groups_of_unequal_sizes_are_left_to_the_reference() -> None:
     q = random_weight(QuantScheme(4, 64), 16, 128, dtype=F16)
     g_idx = torch.zeros(128, dtype=torch.int32)
     uneven = QuantizedTensor(q.codes, q.scale, q.zero_point, q.scheme, g_idx)
-    with pytest.raises(KernelError, match="gives groups 0 to 128 columns; give every group as many"):
-        BACKEND.prepack(uneven, LinearSpec.of(uneven, F16))
+    spec = LinearSpec.of(uneven, F16)
+    assert "some groups more columns than others" in (BACKEND._why_not_layer(spec) or "")
+    assert choose_backend(spec).name == "reference"
+    with pytest.raises(KernelError, match="triton refuses a g_idx that gives some groups more columns than others"):
+        choose_backend(replace(spec, device_type="cuda"), "triton")
 
 
 @pytest.mark.parametrize(
