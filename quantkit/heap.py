@@ -11,8 +11,14 @@ import ctypes
 import os
 import sys
 
+from torch import Tensor
+
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 2**22  # bytes
+_MADV_HUGEPAGE = 14  # mman.h of Linux
+
+HUGE_PAGE = 2**21
+"""Bytes, on x86 and on most of ARM."""
 
 
 def use_huge_pages() -> None:
@@ -23,20 +29,31 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def ask_for_huge_pages(memory: Tensor) -> None:
+    """Let Linux put the whole huge pages of this memory, which is fresh and starts at one, in huge pages.
+
+    A kernel that streams through weights then misses fewer addresses. Without effect where Linux has none to give.
+    """
+    whole = memory.nbytes // HUGE_PAGE * HUGE_PAGE
+    madvise = _libc("madvise")
+    if madvise is not None and whole and memory.data_ptr() % HUGE_PAGE == 0:
+        madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(whole), _MADV_HUGEPAGE)
+
+
 def map_large_blocks() -> None:
     """From now on, in this process, every block of 4 MiB or more is mapped by itself and unmapped when it is freed."""
-    mallopt = _glibc("mallopt")
+    mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def trim() -> None:
     """Give the holes that smaller blocks left in the heap back to the system."""
-    malloc_trim = _glibc("malloc_trim")
+    malloc_trim = _libc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
-def _glibc(name: str) -> ctypes._NamedFuncPointer | None:
-    """A function that only glibc has; None with other C libraries (musl, macOS, Windows)."""
+def _libc(name: str) -> ctypes._NamedFuncPointer | None:
+    """A function of Linux's C library; None where it has none of that name (musl), and elsewhere (macOS, Windows)."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
 from quantkit.kernels.jit_compile import function
 from quantkit.kernels.jit_ir import dense_ir, matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
@@ -23,12 +24,14 @@ _ALIGNMENT = 64
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A copy that starts at a multiple of 64 bytes, as the kernels' loads require."""
+    """A copy that starts at a multiple of 64 bytes, as the kernels' loads require; a large one lies in huge pages."""
     size = tensor.numel() * tensor.element_size()
-    raw = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    start = -raw.data_ptr() % _ALIGNMENT
-    copy = raw[start : start + size].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+    alignment = HUGE_PAGE if size >= HUGE_PAGE else _ALIGNMENT
+    raw = torch.empty(size + alignment, dtype=torch.uint8)
+    start = -raw.data_ptr() % alignment
+    place = raw[start : start + size]
+    ask_for_huge_pages(place)
+    return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def _tables(bits: int) -> Tensor:
 
 @cache
 def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callable[..., None]:
-    return function(tile_ir(kind, dtype, tokens), target, len(POINTERS), len(NUMBERS))
+    return function(tile_ir(kind, dtype, tokens, target.chains), target, len(POINTERS), len(NUMBERS))
 
 
 @cache

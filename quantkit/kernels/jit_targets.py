@@ -23,7 +23,8 @@ class Target:
         needs: of :func:`torch.cpu.get_capabilities`.
         architecture: likewise.
         without: LLVM's features that it does not use even where the CPU has them.
-        tile: tokens for which a weight is decoded once; their sums fill the registers.
+        tile: tokens for which a weight is decoded once; their sums stay in registers.
+        chains: sums of one token that do not wait for each other.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
         tried: dtypes of activations whose kernels somebody has run. Others are tested before they are used.
         example: a CPU of its kind, by LLVM's name, to compile for it on another machine.
@@ -34,6 +35,7 @@ class Target:
     architecture: str
     without: str
     tile: int
+    chains: int
     bfloat16: bool
     tried: tuple[torch.dtype, ...]
     example: str
@@ -43,10 +45,10 @@ _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _X86, _ARM = "x86_64", "aarch64"
 TARGETS = (
-    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, True, (torch.bfloat16,), "znver4"),
-    Target("avx512", _AVX512, _X86, "", 12, False, (), "skylake-avx512"),
-    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 6, False, _ALL, "znver3"),
-    Target("neon", (), _ARM, "", 4, False, (), "neoverse-n1"),
+    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, 4, True, (torch.bfloat16,), "znver4"),
+    Target("avx512", _AVX512, _X86, "", 12, 4, False, (), "skylake-avx512"),
+    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, _ALL, "znver3"),
+    Target("neon", (), _ARM, "", 4, 2, False, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""
 

@@ -23,7 +23,6 @@ NUMBERS = ("tiles", "first", "last", "groups", "rows")
 _AHEAD = 4096  # bytes; measured: 75 % of a plain read's speed at 4096 x 4096, without prefetches 60 %
 _BLOCK = 128  # columns that are summed without a scale between, at most: long sums of float32 lose digits
 _UNROLL = 2  # units in one trip of the inner loop, at most
-_CHAINS = 4  # sums of one token that do not wait for each other, added at the end
 
 _HEADER = """\
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
@@ -34,7 +33,7 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 
 
-def tile_ir(kind: Kind, activation: str, tokens: int) -> str:
+def tile_ir(kind: Kind, activation: str, tokens: int, chains: int) -> str:
     """A module with the function ``kernel(words, scales, zeros, x, scratch, y, tiles, first, last, groups, rows)``.
 
     Pointers: words, scales and zeros (uint8; unused where symmetric) of all panels; x [tokens * tiles, in]; scratch
@@ -45,9 +44,10 @@ def tile_ir(kind: Kind, activation: str, tokens: int) -> str:
         kind: the weight.
         activation: LLVM's name of the type of x and y: bfloat, half or float.
         tokens: rows of x in a tile.
+        chains: sums that do not wait for each other, added at a block's end; more tokens have fewer each.
     """
     codes = Codes(kind.bits, centered=activation == "float")
-    writer = _Writer(kind, codes, activation, tokens)
+    writer = _Writer(kind, codes, activation, tokens, chains)
     return _HEADER + "\n".join([*activations_ir(kind, codes, activation, tokens, writer.block), *writer.product()])
 
 
@@ -63,13 +63,13 @@ def block_of(group: int, bits: int) -> int:
 
 
 class _Writer(Lines):
-    def __init__(self, kind: Kind, codes: Codes, activation: str, tokens: int) -> None:
+    def __init__(self, kind: Kind, codes: Codes, activation: str, tokens: int, chains: int) -> None:
         super().__init__()
         self.kind, self.codes, self.activation, self.tokens = kind, codes, activation, tokens
         self.block = block_of(kind.group, kind.bits)
         self.units = self.block // codes.columns
         self.unroll = next(n for n in range(min(_UNROLL, self.units), 0, -1) if self.units % n == 0)
-        self.chains = [[f"%sum.{t}.{c}" for c in range(max(1, _CHAINS // tokens))] for t in range(tokens)]
+        self.chains = [[f"%sum.{t}.{c}" for c in range(max(1, chains // tokens))] for t in range(tokens)]
 
     def product(self) -> list[str]:
         """All lines of the product: loops over panels, tiles, blocks and units."""

@@ -80,7 +80,7 @@ def test_machine_code_of_every_target(target: Target, bits: int) -> None:
     nibbles and one conversion for bytes, nothing spilled, no calls but the own one; half precision too."""
     units, columns = 2, 8 if bits == 4 else 4
     registers = units * columns * 16 * 32 // {"avx2": 256, "neon": 128}.get(target.name, 512)
-    loop = hot_loop(assembly(tile_ir(Kind(bits, 64, True, "bfloat"), "bfloat", 1), target))
+    loop = hot_loop(assembly(tile_ir(Kind(bits, 64, True, "bfloat"), "bfloat", 1, target.chains), target))
     names = [line.split()[0] for line in loop]
     assert sum("fmadd" in name or name == "fmla" for name in names) == registers
     assert sum(name in ("vcvtdq2ps", "scvtf") for name in names) == (0 if bits == 4 else registers)
@@ -88,7 +88,7 @@ def test_machine_code_of_every_target(target: Target, bits: int) -> None:
     # A constant may be spilled where it is the 17th of 16 registers; sums never.
     assert sum(bool(re.search(r"%[xyz]mm\d+, -?\d*\(%rsp|^st[rp]\b", line)) for line in loop) <= 1
     for dtype in ("bfloat", "half", "float"):
-        text = assembly(tile_ir(Kind(bits, 64, False, dtype), dtype, target.tile), target)
+        text = assembly(tile_ir(Kind(bits, 64, False, dtype), dtype, target.tile, target.chains), target)
         assert set(re.findall(r"\b(?:callq?|bl)\s+(\S+)", text)) <= {"*%rax", "activations"}
 
 
