@@ -1,8 +1,8 @@
 """A solved block is tuned: which layers and vectors, in which order, and what is reported of it.
 
 Order within a block: layers whose method is autoround are learned together when all others are solved; then the
-recipe's ``tuning`` moves what may still move in all quantized layers. Experts are solved one at a time and stay as
-their solver left them; what is around them is tuned with them in place.
+recipe's ``tuning`` moves what may still move in all quantized layers. An expert learns from the tokens that are sent to
+it; one that none of the samples reaches stays as its solver left it, and its record says so.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from quantkit.report import BlockRecord, LayerRecord, decibels
 from quantkit.solvers import AutoRound
 from quantkit.solving import SolvedLayer, weight_errors
 from quantkit.tuning import BlockRun, BlockTuning, Tuned, held_out_count, round_block, tune_block
+
+_UNREACHED = "no token of the samples that tuning learns from reached it"
 
 Place = Callable[[str, QuantizedTensor], None]
 """(layer within the block, weight): put it into the block's module."""
@@ -67,9 +69,7 @@ class SolvedBlock:
         device: torch.device,
     ) -> None:
         self.plan, self.index, self.module = plan, index, plan.skeleton.blocks[index]
-        self.layers: Mapping[str, LayerPlan] = {
-            layer.info.local: layer for layer in plan.block_layers(index) if layer.info.expert is None
-        }
+        self.layers: Mapping[str, LayerPlan] = {layer.info.local: layer for layer in plan.block_layers(index)}
 
         def call(state: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
             return calls.run(plan.skeleton, index, state, parameters)
@@ -143,7 +143,10 @@ class SolvedBlock:
     ) -> None:
         for name, weight in tuned.weights.items():
             place(name, weight)
-            layers[name] = SolvedLayer(weight, _record_of(weight, originals[name], layers[name].record))
+            record = _record_of(weight, originals[name], layers[name].record)
+            if name in tuned.unreached:
+                record = replace(record, notes=tuple(dict.fromkeys((*record.notes, _UNREACHED))))
+            layers[name] = SolvedLayer(weight, record)
 
     def _record(
         self,

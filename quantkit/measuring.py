@@ -53,11 +53,11 @@ class Measuring:
         if not self.plan.scale_transforms or streams is None:
             return None
         original = self._original(index, streams)
-        apart = self.plan.recipe.true_sequential  # solvers measure later, in passes of their own
+        apart = self.plan.measures_apart(index)  # solvers measure later, in passes of their own
         measuring = [] if apart else [layer for layer in layers if layer.needs]
         names = dict.fromkeys((*(layer.info.local for layer in measuring), *self._transforming.readers(index)))
         needs, everything = self.plan.transform_needs | _needs(measuring), range(len(streams.hidden))
-        measured = self._measure(index, list(names), needs, streams, original, everything, None if apart else ())
+        measured = self._measure(index, list(names), needs, streams, original, everything, advance=not apart)
         lengths = tuple(int(streams.hidden[one].shape[1]) for one in everything)
         samples = Samples(lengths, lambda one: self._runner.run(index, streams.hidden[one]))
         records = self._transforming.scale_block(index, source, measured, samples)
@@ -90,9 +90,18 @@ class Measuring:
                 parts.append([])
             for part in parts:
                 assert streams is not None, "the caller enters the model whenever a solver measures"
-                last = list(routed.values()) if part is parts[-1] and scaled is None else None
+                last = part is parts[-1]
                 names, samples = [layer.info.local for layer in part], range(len(streams.hidden))
-                measured = self._measure(index, names, _needs(part), streams, original, samples, last)
+                measured = self._measure(
+                    index,
+                    names,
+                    _needs(part),
+                    streams,
+                    original,
+                    samples,
+                    experts=list(routed.values()) if last else (),
+                    advance=last and scaled is None,
+                )
                 yield from _groups(part, measured)
             if streams is not None and streams.reference is not None and (scaled is not None or not parts):
                 # With the weights as they were read, which a resumed run has too.
@@ -138,7 +147,9 @@ class Measuring:
         streams: Streams,
         original: dict[str, nn.Parameter],
         samples: range,
-        last: Sequence[ExpertInputs] | None = None,
+        *,
+        experts: Sequence[ExpertInputs] = (),
+        advance: bool = False,
     ) -> Measurement:
         """Statistics of the layers' inputs, which come from quantized blocks.
 
@@ -149,25 +160,26 @@ class Measuring:
             streams: the hidden states in front of the block.
             original: the block's weights in full precision.
             samples: which to run.
-            last: this is the last pass, which leaves the reference stream behind the block; the inputs of these
-                experts are kept in it.
+            experts: whose inputs are kept in this pass.
+            advance: leave the reference stream behind the block.
         """
         block = self.skeleton.blocks[index]
         measurement = Measurement({name: block.get_submodule(name) for name in names}, needs)
-        measuring: list[Measurement | ExpertInputs] = [measurement, *(last or ())]
+        measuring: list[Measurement | ExpertInputs] = [measurement, *experts]
+        compared = advance or bool(experts) or Stat.DRIFT in needs
         with ExitStack() as hooks:
             for each in measuring:
                 hooks.enter_context(each.hooked())
             for sample in samples:
-                if streams.reference is not None and (last is not None or Stat.DRIFT in needs):
+                if streams.reference is not None and compared:
                     with ExitStack() as exactly, _holding(block, original):
-                        for each in last or ():
+                        for each in experts:
                             exactly.enter_context(each.of_reference())
-                        exactly.enter_context(measurement.of_reference(whole=last is not None))
+                        exactly.enter_context(measurement.of_reference(whole=advance or bool(experts)))
                         exact = self._runner.run(index, streams.reference[sample])
-                    if last is not None:
+                    if advance:
                         streams.reference[sample] = exact
-                with measurement.one_pass(whole=bool(last)):  # experts come after the last layer
+                with measurement.one_pass(whole=bool(experts)):  # experts come after the last layer
                     self._runner.run(index, streams.hidden[sample])
         return measurement
 

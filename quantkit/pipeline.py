@@ -89,7 +89,7 @@ class Pipeline:
             for layer, weight, solved in zip(group, weights, solved_group, strict=True):
                 if streams is not None:
                     self._runner.put_in(index, layer, solved.weight)
-                if self.plan.tunes and layer.info.expert is None:
+                if self.plan.tunes:
                     untuned[layer.info.local], originals[layer.info.local] = solved, weight
                 else:
                     shard.update(_named(layer, self.plan.format.encode(solved.weight)))
@@ -158,7 +158,9 @@ class Pipeline:
         codes = {f"{layer.info.stem}.weight" for layer in quantized.values()}  # where the format keeps that name
         for name, disk in names.items():
             if disk in stored and disk not in codes:
-                assign(block, {name: self._runner.placed(stored[disk])})
+                # In memory of its own: a product's order of sums depends on how its operands are aligned, and a file's
+                # tensors lie anywhere.
+                assign(block, {name: self._runner.placed(stored[disk].clone())})
         for layer in quantized.values():
             self._runner.put_in(index, layer, decode_layer(self.plan, layer, stored))
         self._runner.hand_on(index, streams.hidden)

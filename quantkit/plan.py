@@ -217,10 +217,17 @@ class Plan:
         """Hidden states of each sample: the quantized model's, and the full-precision model's where it is compared."""
         return 0 if not self.runs_blocks else 2 if Stat.DRIFT in self.needs or self.tunes else 1
 
+    def measures_apart(self, block: int) -> bool:
+        """Whether a block's solvers measure in passes of their own, not in the one that its scales are found by:
+        true-sequentially, or where experts are measured, one at a time.
+        """
+        return self.recipe.true_sequential or any(p.info.expert is not None for p in self.block_layers(block))
+
     @property
     def forward_passes(self) -> int:
         """Passes of every calibration sample through a block, at most: one to measure (for each of the streams, and
-        true-sequentially for each input that layers share, plus one sample to see which do, plus one to find scales),
+        true-sequentially for each input that layers share, plus one sample to see which do, plus one to find scales,
+        as where experts are scaled),
         one to hand on. Tuning comes on top: :meth:`training_passes`.
         """
         if not self.runs_blocks:
@@ -232,10 +239,12 @@ class Plan:
                 inputs.setdefault(layer.info.block, set()).add(name)
         if not inputs and not self.scale_transforms:
             return self.num_streams  # the second stream's, and to hand on
-        if not self.recipe.true_sequential:
+        blocks = range(len(self.skeleton.blocks))
+        if not self.recipe.true_sequential and not any(map(self.measures_apart, blocks)):
             return self.num_streams + 1
         scaling = self.num_streams if self.scale_transforms else 0  # to measure, and to advance the second stream
-        return self.num_streams * max(map(len, inputs.values()), default=0) + scaling + 1
+        most = max(map(len, inputs.values()), default=0)
+        return self.num_streams * (most if self.recipe.true_sequential else min(most, 1)) + scaling + 1
 
     def training_passes(self, num_samples: int) -> float:
         """Forward and backward passes of every sample through a block, at most, while it is tuned."""
@@ -336,19 +345,28 @@ class Plan:
         stated = getattr(self.skeleton.model.config, "num_experts_per_tok", None)
         return stated if isinstance(stated, int) and 0 < stated < most else most
 
+    def _share_of_tokens(self, layer: LayerPlan) -> float:
+        """The share of a sample's tokens that a layer sees, on average over the experts of its module."""
+        if layer.info.expert is None:
+            return 1.0
+        counts = {info.name: info.num_experts for info in self.skeleton.experts}
+        return self._experts_per_token / counts[layer.info.expert.module]
+
     def _tuning_bytes(self, block: int, sequence_length: int) -> int:
         """What tuning a block holds, with what one sample's passes keep for its gradients."""
-        layers = [layer for layer in self.block_layers(block) if layer.info.expert is None]
+        layers = self.block_layers(block)
         rounded = [layer.numel for layer in layers if isinstance(layer.solver, AutoRound)]
         tuning = self.recipe.tuning
         scaled = [layer.numel for layer in layers] if tuning is not None else []
-        kept = sum(layer.info.in_features + 2 * layer.info.out_features for layer in layers) + 8 * self._hidden_size
+        kept = 8.0 * self._hidden_size
+        for layer in layers:  # of a mixture's, together, as much as a token's experts
+            kept += (layer.info.in_features + 2 * layer.info.out_features) * self._share_of_tokens(layer)
         config = self.skeleton.model.config
         scores = 0
         if getattr(config, "_attn_implementation", None) == "eager":
             scores = 3 * int(config.num_attention_heads) * sequence_length**2
         held = tuning_bytes(rounded, scaled, codes=tuning is not None and tuning.codes, dtype=self.dtype)
-        return held + (sequence_length * kept + scores) * _FLOAT32
+        return held + int(sequence_length * kept + scores) * _FLOAT32
 
     @cached_property
     def _hidden_size(self) -> int:

@@ -67,7 +67,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def _check_tunings(plan: Plan) -> None:
-    """The layers of a block are learned together: they share one set of options. Experts are solved one at a time."""
+    """The layers of a block are learned together: they share one set of options."""
     for layer in plan.layers:
         if plan.tunes and layer.scheme.act_bits is not None:
             raise RecipeError(
@@ -75,14 +75,6 @@ def _check_tunings(plan: Plan) -> None:
                     layer.info.name,
                     f"scheme {layer.scheme} rounds activations, which no gradient passes: its block cannot be learned",
                     "use a weight-only scheme, or method rtn or gptq without tuning",
-                )
-            )
-        if layer.info.expert is not None and isinstance(layer.solver, AutoRound):
-            raise RecipeError(
-                message(
-                    layer.info.name,
-                    "experts are solved one at a time, and method autoround looks at the whole block",
-                    "give them a rule with method: gptq or rtn",
                 )
             )
     for index in range(len(plan.skeleton.blocks)):
@@ -102,6 +94,15 @@ def _check_clip(recipe: Recipe, layers: tuple[LayerPlan, ...]) -> None:
     if not any(isinstance(one, AWQ) and one.clip for one in recipe.transforms):
         return
     for layer in layers:
+        if layer.info.expert is not None:
+            raise RecipeError(
+                message(
+                    "transforms: awq",
+                    f"clip: true needs the Hessians of all layers of a block at once, and {layer.info.name} is one of "
+                    "many experts, which are measured one at a time",
+                    "use clip: false",
+                )
+            )
         if layer.info.block is not None and layer.solver.name != RTN.name:
             raise RecipeError(
                 message(

@@ -102,7 +102,8 @@ class Structure:
         residual: None where the stream cannot be rotated; ``refusal`` says why.
         refusal: a reason in words.
         requires: attributes of the config and the values without which none of this holds.
-        mixture: what stands in some blocks in the place of the MLP, see :func:`structure_of_block`.
+        mixture: what stands in some blocks in the place of the MLP, see :func:`structure_of_block`; of one block, what
+            it has.
     """
 
     norm: Norm
@@ -111,6 +112,10 @@ class Structure:
     refusal: str = ""
     requires: tuple[tuple[str, object], ...] = ()
     mixture: Mixture | None = None
+
+    def is_expert(self, linear: str) -> bool:
+        """Whether a linear of a block is an expert's."""
+        return self.mixture is not None and linear.startswith(f"{self.mixture.experts}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +329,7 @@ def structure_of_block(structure: Structure, block: nn.Module) -> Structure:
         norms = (*(pair for pair in stream.norms if pair[0] != _SPARSE), (_SPARSE, readers))
         kept = (writer for writer in stream.writers if writer.partition(".")[0] != whole)
         stream = replace(stream, norms=norms, writers=(*kept, *(f"{mlp}.down_proj" for mlp in mlps)))
-    return replace(structure, groups=tuple(groups), residual=stream, mixture=None)
+    return replace(structure, groups=tuple(groups), residual=stream)
 
 
 def misfit(structure: Structure, block: nn.Module, heads: Heads) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign
 from quantkit.stats import LayerStats
 from quantkit.structure import Heads, Norm, ScaleGroup, Source, find_heads
-from quantkit.transforms import BlockTensors, Call, Rotation, ScaleTransform, TransformRecord, clip_weight
+from quantkit.transforms import BlockTensors, Call, Found, Rotation, ScaleTransform, TransformRecord, clip_weight
 from quantkit.transforms.folding import fold_scale, rotate_final_norm, rotate_rows, rotate_stream, rotate_values
 from quantkit.transforms.orthogonal import Orthogonal, rotation_of
 
@@ -50,11 +51,20 @@ class Transforming:
             self._rotations = _Rotations(plan, plan.rotation)
 
     def readers(self, index: int) -> tuple[str, ...]:
-        """The linears of a block whose inputs are measured for the transforms, by local name."""
-        groups = self._plan.structures[index].groups
-        taken = [group for group in groups if any(one.takes(group) for one in self._plan.scale_transforms)]
+        """The linears of a block whose inputs are measured for the transforms, by local name.
+
+        Not those of experts that read what the routers read: that input is measured there, of all tokens.
+        """
+        structure = self._plan.structures[index]
+        taken = [group for group in structure.groups if any(one.takes(group) for one in self._plan.scale_transforms)]
+        read = [
+            reader
+            for group in taken
+            for reader in group.readers
+            if len(group.readers) == 1 or not structure.is_expert(reader)
+        ]
         clipped = [p.info.local for p in self._plan.block_layers(index) if self._plan.clips(p.info.local)]
-        return tuple(dict.fromkeys([*(reader for group in taken for reader in group.readers), *clipped]))
+        return tuple(dict.fromkeys([*read, *clipped]))
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """A block's tensors by disk name, rotated; what was changed is wide (:class:`BlockTensors`)."""
@@ -123,8 +133,9 @@ class Transforming:
 
     def _scale_group(self, transform: ScaleTransform, group: ScaleGroup, context: _Block) -> TransformRecord:
         structure = self._plan.structures[context.index]
+        reason = context.too_few(group)
         try:
-            found = transform.find(group, context)
+            found = transform.find(group, context) if reason is None else Found(None, "none", note=reason)
         except CalibrationError as error:
             raise CalibrationError(f"{context.prefix}{error}") from error
         if found.scale is not None:
@@ -198,15 +209,14 @@ class _Rotations:
                 rotate_rows(tensors[name], self._residual)
 
 
-@dataclass(frozen=True, slots=True)
 class _Block:
     """A block while scales are found for it; see :class:`quantkit.transforms.BlockContext`."""
 
-    plan: Plan
-    index: int
-    tensors: BlockTensors
-    measured: Measurement
-    samples: Samples
+    def __init__(self, plan: Plan, index: int, tensors: BlockTensors, measured: Measurement, samples: Samples) -> None:
+        self.plan, self.index, self.tensors, self.measured, self.samples = plan, index, tensors, measured, samples
+        self._structure = plan.structures[index]
+        self._layers = {layer.info.local: layer for layer in plan.block_layers(index)}
+        self._kept: dict[str, list[Call]] = {}  # what experts' layers are called with
 
     @property
     def heads(self) -> Heads:
@@ -224,29 +234,50 @@ class _Block:
         return self.measured.inputs[linear]
 
     def scheme(self, linear: str) -> QuantScheme | None:
-        layers = self.plan.block_layers(self.index)
-        return next((layer.scheme for layer in layers if layer.info.local == linear), None)
+        layer = self._layers.get(linear)
+        return None if layer is None else layer.scheme
+
+    def too_few(self, group: ScaleGroup) -> str | None:
+        """Why the channels inside of an expert stay as they are: too few tokens reached it; None otherwise."""
+        reader = group.readers[0]
+        if len(group.readers) > 1 or not self._structure.is_expert(reader):
+            return None
+        stats = self.measured.inputs.get(reader)
+        seen = 0 if stats is None else stats.num_tokens
+        wanted = max(1.0, self.plan.recipe.expert_tokens_per_column * self._layers[reader].info.in_features)
+        return None if seen >= wanted else f"its expert saw {seen} tokens, and {wanted:.0f} are wanted"
 
     def module(self, name: str) -> nn.Module:
         return self.plan.skeleton.blocks[self.index].get_submodule(name)
 
     def calls(self, name: str, num_tokens: int) -> Sequence[Call]:
-        seen: list[Call] = []
+        if not self._structure.is_expert(name):
+            return self._record([name], num_tokens)[name]
+        if name not in self._kept:  # one run for all experts: their inner channels do not depend on each other
+            of_experts = (g.parent for g in self._structure.groups if self._structure.is_expert(g.parent))
+            self._kept.update(self._record([*of_experts], num_tokens))
+        return self._kept[name]
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(Call(args, kwargs))
+    def _record(self, names: Sequence[str], num_tokens: int) -> dict[str, list[Call]]:
+        """Name -> the calls of a submodule while some samples run."""
+        seen: dict[str, list[Call]] = {name: [] for name in names}
 
-        handle = self.module(name).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            return lambda _, args, kwargs: seen[name].append(Call(args, kwargs))
+
+        with ExitStack() as hooks:
+            for name in names:
+                handle = self.module(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+                hooks.callback(handle.remove)
             for sample in self.samples.some(num_tokens):
                 self.samples.run(sample)
-        finally:
-            handle.remove()
         return seen
 
     def rescale(self, group: ScaleGroup, factors: Tensor) -> None:
         """The readers' inputs were multiplied by these factors."""
-        stats = {id(self.measured.inputs[reader]): self.measured.inputs[reader] for reader in group.readers}
+        self._kept.pop(group.parent, None)
+        found = (self.measured.inputs.get(reader) for reader in group.readers)
+        stats = {id(one): one for one in found if one is not None}
         others = [n for n, s in self.measured.inputs.items() if id(s) in stats and n not in group.readers]
         if others:
             raise CheckpointError(

@@ -53,7 +53,7 @@ class BlockTuning:
         epochs: passes over the calibration samples that are not held out.
         batch: samples an update.
         learning_rate: of scales and vectors, relative to their size; Adam, falling linearly to 0.
-        scales: tune the scales of all quantized layers of the block, but for experts.
+        scales: tune the scales of all quantized layers of the block.
         norms: tune gains and biases of the block's norms.
         biases: tune the biases of its linear layers, where it has some.
         codes: let the codes move on from the solver's rounding by the sign of their gradient.
@@ -120,6 +120,7 @@ class Tuned:
         error_after: of the kept state; never larger.
         steps: updates that were made.
         kept_step: the update after which it was measured; 0: the start.
+        unreached: layers that no update saw a token of: experts that nothing was sent to.
     """
 
     weights: dict[str, QuantizedTensor]
@@ -128,6 +129,7 @@ class Tuned:
     error_after: float
     steps: int
     kept_step: int
+    unreached: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,7 @@ class BlockTuner:
     def __init__(self, run: BlockRun, weights: Sequence[TunedWeight], vectors: Sequence[TunedVector]) -> None:
         self.block, self.weights, self.vectors = run, weights, vectors
         self.where, self.dtype, self.device = run.where, run.dtype, run.device
+        self._unreached = {weight.name for weight in weights}
 
     def run(self, schedule: Schedule) -> Tuned:
         """Tune, and return the best state that was measured."""
@@ -275,7 +278,7 @@ class BlockTuner:
                 error = self.error(held_out)
                 if error < best:
                     best, kept, state = error, step + 1, self._state()
-        return Tuned(*state, before, best, schedule.steps, kept)
+        return Tuned(*state, before, best, schedule.steps, kept, frozenset(self._unreached))
 
     @torch.no_grad()
     def error(self, samples: Sequence[int]) -> float:
@@ -308,6 +311,7 @@ class BlockTuner:
             gradient = leaves.pop(f"{weight.name}.weight").grad
             if gradient is None:  # an expert that no token of this batch was sent to
                 continue
+            self._unreached.discard(weight.name)
             self._check(float(gradient.float().abs().sum()), f"the gradient of {weight.name}")
             with torch.enable_grad():
                 value = self._as_parameter(weight)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MOE_FAMILIES
 from safetensors.torch import load_file, save_file
 from test_run import files
 from torch import Tensor
@@ -49,7 +49,7 @@ def report(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
 def test_every_family(family: str, tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
     """Learned rounding, then tuning of scales, norms and biases: the output verifies, loads, and no block got worse."""
     recipe = {**ROUNDED, "tuning": {**TUNING, "learning_rate": 0.01}}
@@ -144,12 +144,17 @@ def test_mixed_methods_in_one_block(tiny: Callable[[str], Path], tokens: list[Te
         assert layers[layer["name"]]["digest"] == layer["digest"]
 
 
-@pytest.mark.parametrize("recipe", [ROUNDED, TUNED], ids=["rounded", "tuned"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("gemma3_text", ROUNDED), ("gemma3_text", TUNED), ("qwen2_moe", {**ROUNDED, "tuning": TUNING})],
+    ids=["rounded", "tuned", "experts"],
+)
 def test_resumed_run_writes_the_same_bytes(
-    recipe: dict[str, Any], tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+    family: str, recipe: dict[str, Any], tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:
     """Interrupted behind each block, also the tuning of finished blocks is reported and verified."""
-    whole = quantkit.quantize(tiny("gemma3_text"), tmp_path / "whole", recipe=recipe, tokens=tokens)
+    whole = quantkit.quantize(tiny(family), tmp_path / "whole", recipe=recipe, tokens=tokens)
+    tunings = len(whole.report["tuned"]) // 3  # of each block
     for stop in (1, 2, 3):
         out = tmp_path / f"stopped-{stop}"
         blocks = 0
@@ -161,16 +166,16 @@ def test_resumed_run_writes_the_same_bytes(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            quantkit.quantize(tiny("gemma3_text"), out, recipe=recipe, tokens=tokens, observer=interrupt)
+            quantkit.quantize(tiny(family), out, recipe=recipe, tokens=tokens, observer=interrupt)
         assert len(list(partial_path(out).glob("model-*.safetensors"))) == stop
         recorder = Recorder()
-        again = quantkit.quantize(
-            tiny("gemma3_text"), out, recipe=recipe, tokens=tokens, resume=True, observer=recorder
-        )
+        again = quantkit.quantize(tiny(family), out, recipe=recipe, tokens=tokens, resume=True, observer=recorder)
         assert files(out) == files(tmp_path / "whole")
         found = [{**b, "seconds": 0} for b in again.report["tuned"]]
         assert found == [{**b, "seconds": 0} for b in whole.report["tuned"]]
-        assert [e.resumed for e in recorder.events if isinstance(e, BlockTuned)] == [i < stop for i in range(3)]
+        assert [e.resumed for e in recorder.events if isinstance(e, BlockTuned)] == [
+            i // tunings < stop for i in range(3 * tunings)
+        ]
 
 
 def test_a_spoiled_norm_is_found(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
@@ -210,18 +215,23 @@ def test_after_transforms(tiny: Callable[[str], Path], thrice: list[Tensor], tmp
         assert 0 < float((norms[1][name] - before).norm()) < 0.3 * float(before.norm())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_around_experts(family: str, tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
-    """Experts stay as they were solved, with everything around them tuned; learning them is refused by name."""
-    recipe = {"scheme": "w3a16_g16", "method": "rtn", "tuning": {**TUNING, "learning_rate": 0.005}}
-    tuned = quantkit.quantize(tiny(family), tmp_path / "out", recipe=recipe, tokens=thrice).report
-    plain = quantkit.quantize(tiny(family), tmp_path / "plain", recipe={**recipe, "tuning": None}).report
-    digests = [{layer["name"]: layer["digest"] for layer in r["layers"]} for r in (tuned, plain)]
-    same = {name: digest == digests[1][name] for name, digest in digests[0].items()}
-    assert all(equal for name, equal in same.items() if ".experts." in name)
-    assert not all(equal for name, equal in same.items() if ".experts." not in name)
-    with pytest.raises(quantkit.RecipeError, match=r"experts.*: experts are solved one at a time"):
-        make_plan(Checkpoint(tiny(family)), make_recipe(ROUNDED))
+def test_experts_learn_from_their_tokens(tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path) -> None:
+    """Those that some token is sent to; one that the router never chooses stays, and its record says so."""
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_bytes((tiny("deepseek_v3") / "config.json").read_bytes())
+    tensors = load_file(tiny("deepseek_v3") / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"][3] = -100.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    learned = quantkit.quantize(source, tmp_path / "out", recipe=ROUNDED, tokens=thrice).report
+    plain = quantkit.quantize(source, tmp_path / "plain", recipe={**ROUNDED, "method": "rtn"}).report
+    rounded = {layer["name"]: layer["digest"] for layer in plain["layers"]}
+    experts = [layer for layer in learned["layers"] if ".layers.1.mlp.experts." in layer["name"]]
+    idle = [layer for layer in experts if ".experts.3." in layer["name"]]
+    assert [layer["digest"] for layer in idle] == [rounded[layer["name"]] for layer in idle]
+    assert all(any("no token" in note for note in layer["notes"]) for layer in idle)
+    others = [layer for layer in experts if layer not in idle]
+    assert not any(layer["digest"] == rounded[layer["name"]] or layer["notes"] for layer in others)
 
 
 @pytest.mark.parametrize("recipe", [ROUNDED, TUNED], ids=["rounded", "tuned"])

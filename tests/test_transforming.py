@@ -54,7 +54,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
 def test_scales_and_heads_keep_the_function(
     family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:
@@ -68,7 +68,37 @@ def test_scales_and_heads_keep_the_function(
     assert 0 < after < 3 * plain + 1e-6
     assert {record["transform"] for record in result.report["transforms"]} <= {"smoothquant", "awq"}
     changed = changed_tensors(tiny(family), tmp_path / "out")
-    assert any("v_proj" in name or "qkv" in name or "c_attn" in name or "query_key" in name for name in changed)
+    assert any(part in name for name in changed for part in ("v_proj", "qkv", "c_attn", "query_key", "kv_b_proj"))
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("transform", [{"name": "smoothquant", "sources": "all"}, {"name": "awq", "grid": 4}])
+def test_scales_of_experts_keep_the_function(
+    transform: dict[str, Any], family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
+) -> None:
+    """One norm's channels go to routers, experts and shared MLPs; within an expert, only where enough tokens came."""
+    block = 1 if family == "deepseek_v3" else 0
+    # About what an expert sees, so that some see less.
+    threshold = {"mixtral": 1.0, "qwen3_moe": 2.5}.get(family, 3.0)
+    before = logits(tiny(family), tokens[0])
+    rules = [{"match": f"*.{block}.mlp.*", "scheme": "w8a16"}, {"match": "*", "skip": True}]
+    recipe = {"method": "rtn", "rules": rules, "expert_tokens_per_column": threshold}
+    quantkit.quantize(tiny(family), tmp_path / "plain", recipe=recipe, tokens=tokens)
+    plain = distance(logits(tmp_path / "plain", tokens[0]), before)
+    recipe["transforms"] = [transform]
+    result = quantkit.quantize(tiny(family), tmp_path / "out", recipe=recipe, tokens=tokens)
+    assert 0 < distance(logits(tmp_path / "out", tokens[0]), before) < 1.5 * plain + 1e-6
+    mlp = f"model.layers.{block}.mlp"
+    records = {record["source"]: record for record in result.report["transforms"]}
+    norm = records[f"model.layers.{block}.post_attention_layernorm"]
+    assert norm["readers"][0] == f"{mlp}.gate"
+    of_experts = {name: record for name, record in records.items() if ".experts." in name}
+    few = [record for record in of_experts.values() if record["choice"] == "none" and record["note"]]
+    assert all("tokens, and" in record["note"] and record["loss"] is None for record in few)
+    assert 0 < len(few) < len(of_experts)
+    changed = changed_tensors(tiny(family), tmp_path / "out")
+    assert any(name.startswith(f"model.layers.{block}.") and name.endswith(".gate.weight") for name in changed)
+    assert 2 * len(of_experts) == sum(".experts." in reader for reader in norm["readers"])  # gate and up of each
 
 
 @pytest.mark.parametrize("family", ROTATABLE)
@@ -130,6 +160,9 @@ def test_heads_alone_leave_a_tied_head_tied(tiny: Callable[[str], Path], tmp_pat
         ("gemma2", {"method": "rtn", "transforms": ["awq"]}),
         ("opt", {"method": "rtn", "transforms": ["rotation"]}),
         ("qwen2_moe", {"method": "gptq", "transforms": ["rotation"]}),
+        ("qwen2_moe", {"method": "gptq", "transforms": ["awq"]}),
+        ("qwen2_moe", {"scheme": "w8a8", "method": "rtn", "transforms": [{"name": "smoothquant", "sources": "all"}]}),
+        ("mixtral", {"method": "gptq", "transforms": ["rotation", "smoothquant", "awq"], "true_sequential": True}),
         ("deepseek_v3", {"method": "gptq", "transforms": ["rotation"], "true_sequential": True}),
     ],
 )

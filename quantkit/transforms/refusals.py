@@ -49,9 +49,6 @@ def check_model(
     names = ", ".join(transform.name for transform in transforms)
     if isinstance(found, str):
         raise RecipeError(message(f"transforms: {names}", found, "remove it from the recipe"))
-    if found.mixture is not None and (scaling := [t.name for t in transforms if not isinstance(t, Rotation)]):
-        where = f"transforms: {', '.join(scaling)}"
-        raise RecipeError(message(where, f"the channels of {config.model_type} models are not scaled", "remove it"))
     structures = tuple(structure_of_block(found, block) for block in blocks)
     for index, (structure, block) in enumerate(zip(structures, blocks, strict=True)):
         reason = misfit(structure, block, find_heads(config))
