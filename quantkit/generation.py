@@ -82,7 +82,7 @@ class Decoder:
         self._cache = _static_cache(model, length)
         step: Callable[..., Any] = model.forward
         if compiled:
-            step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+            step = _compiled(step, backend, model.device)
         self._step = step
 
     @property
@@ -192,12 +192,31 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([found] if isinstance(found, int) else found or ())
 
 
+def _compiled(step: Callable[..., Any], backend: str, device: torch.device) -> Callable[..., Any]:
+    """As one graph; on a CPU Inductor's code around its kernels is C++, which calls operators without Python."""
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None
+    if backend == "inductor" and device.type == "cpu":
+        options = {"cpp_wrapper": True}
+    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
 def _static_cache(model: PreTrainedModel, length: int) -> Any:
+    """A cache whose layers all have room for ``length`` tokens.
+
+    transformers' own for sliding windows is as short as the window, counts its tokens in Python, and so is compiled
+    again at every step; in a long one the masks, which know the window, leave the same keys.
+    """
     from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     if not getattr(model, "_can_compile_fullgraph", True):
         kind = model.config.model_type
         raise InputError(
             message(kind, "transformers has no static cache for this architecture", "use transformers' own generate()")
         )
-    return StaticCache(config=model.config, max_cache_len=length)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache

@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packed weight lies."""
-        return self._packed()[self._names[0]].device
+        return cast(Tensor, self._buffers[self._names[0]]).device
 
     @property
     def weight(self) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
 import torch
+from layers import fastest_cpu
 from torch import Tensor
 
 import quantkit
+import quantkit.linear
 from quantkit.cli import main
 from quantkit.generation import Decoder, Sampling, generate, prompt_tokens, stop_tokens
+from quantkit.joining import join_linears
 from quantkit.source import BUILTIN_PATH, open_tokenizer
 
 NEVER: frozenset[int] = frozenset()
@@ -45,20 +50,60 @@ def test_tokens_are_those_of_transformers(family: str, tiny: Callable[[str], Pat
         assert list(generate(decoder, PROMPT, 24, NEVER, Sampling())) == expected
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "w4a16_g32"), ("qwen3", "w8a16"), ("llama", "w8a8")])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("llama", "w4a16_g32"),
+        ("qwen3", "w8a16"),
+        ("llama", "w8a8"),
+        ("gemma2", "w4a16_g32"),
+        ("gemma3_text", "w8a16_g32"),
+    ],
+)
 def test_the_step_is_one_graph_with_the_same_tokens(
     family: str, scheme: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """fullgraph=True: a graph break would be an error; aot_eager: nothing depends on a compiler that may be missing."""
+    """fullgraph=True: a graph break would be an error; aot_eager: nothing depends on a compiler that may be missing.
+
+    Layers that read one input are joined for it, as generate does.
+    """
     model = quantkit.load(rounded(tiny(family), tmp_path / "out", scheme), dtype="bfloat16")
-    length = len(PROMPT) + 12
+    length = len(PROMPT) + 12  # past the sliding windows of 16
     eager = list(generate(Decoder(model, length), PROMPT, 12, NEVER, Sampling()))
+    join_linears(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = Decoder(model, length, compiled=True, backend="aot_eager")
     assert list(generate(compiled, PROMPT, 12, NEVER, Sampling())) == eager
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one, for all positions
     torch._dynamo.reset()
+
+
+def test_the_step_in_machine_code(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """By Inductor, in C++: the eager step's logits, but for rounding; no Python of the model or its kernels runs."""
+    if which("c++") is None and which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    model = quantkit.load(rounded(tiny("llama"), tmp_path / "out"), dtype="bfloat16", head_bits=8)
+    join_linears(model)
+    length = 2 * len(PROMPT) + 1
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        decoder = Decoder(model, length, compiled=compiled)
+        found.append(torch.stack([decoder.prefill(PROMPT), *(decoder.step(int(token)) for token in PROMPT)]).float())
+    files: list[str] = []
+    sys.setprofile(lambda frame, event, _: files.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        decoder.step(5)
+    finally:
+        sys.setprofile(None)
+    torch._dynamo.reset()
+    assert any("generation.py" in file for file in files)
+    assert not [file for file in files if "modeling_llama" in file or file == quantkit.linear.__file__]
+    if fastest_cpu("w4a16_g32") == "cpu_jit":
+        assert not [file for file in files if "kernels" in file]
+    error = (found[0] - found[1]).norm() / found[0].norm()
+    assert error < 0.02
 
 
 def test_a_stop_token_is_the_last(tiny: Callable[[str], Path]) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
-from quantkit.kernels.jit_compile import function
+from quantkit.kernels.jit_compile import addresses, function
 from quantkit.kernels.jit_ir import dense_ir, matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
-from quantkit.kernels.jit_text import Kind, center
+from quantkit.kernels.jit_text import NAME, Kind, center
 from quantkit.kernels.jit_threads import parts, run
 from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS, scratch_numbers, tile_ir
 from quantkit.kernels.panels import PANEL, unit_columns
@@ -78,7 +78,7 @@ def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, panels:
         return torch.empty(0, words.shape[1] * unit_columns(bits), dtype=torch.bfloat16)
     weight = torch.empty((last - first) * PANEL, in_features, dtype=torch.bfloat16)
     kernel = _dense_kernel(bits, in_features // groups, zeros is None, scale.dtype)
-    pointers = (words, scale, scale if zeros is None else zeros, _tables(bits), weight)
+    pointers = (words, scale, scale if zeros is None else zeros, tables(bits), weight)
     kernel(*[tensor.data_ptr() for tensor in pointers], first, last, groups)
     return weight
 
@@ -109,6 +109,14 @@ def tile_kernel(
     return _tile_kernel(target, Kind(bits, group, symmetric, _NAMES[scale]), _NAMES[dtype], tokens)
 
 
+@cache
+def kernel_of_one_row(bits: int, group: int, symmetric: bool, scale: torch.dtype, dtype: torch.dtype) -> int:
+    """The address of the kernel that :func:`product` calls for one row of x; arguments as for :func:`tile_kernel`."""
+    kind, target = Kind(bits, group, symmetric, _NAMES[scale]), _target()
+    source = matvec_ir(kind, 1) if multiplies_bfloat16(dtype) else tile_ir(kind, _NAMES[dtype], 1, target.chains)
+    return addresses(source, target, [NAME])[0]
+
+
 def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
     """The product by the kernel that multiplies float32."""
     (panels, groups), in_features, target = scale.shape[:2], x.shape[1], _target()
@@ -134,7 +142,7 @@ def _fill_by_pairs(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None
         kernel = _pairs_kernel(
             bits, in_features // groups, min(tokens - start, MOST_TOKENS), zeros is None, scale.dtype
         )
-        rows = (x[start].data_ptr(), sums[start].data_ptr(), _tables(bits).data_ptr(), y[start].data_ptr())
+        rows = (x[start].data_ptr(), sums[start].data_ptr(), tables(bits).data_ptr(), y[start].data_ptr())
         run(kernel, [(*weight, *rows, *cut, groups, y.shape[1]) for cut in parts(panels, words.nbytes)])
 
 
@@ -145,8 +153,11 @@ def _target() -> Target:
 
 
 @lru_cache
-def _tables(bits: int) -> Tensor:
-    """bfloat16 [2, 32], aligned: what a code's low (or only) nibble stands for, and its high one, each twice."""
+def tables(bits: int) -> Tensor:
+    """bfloat16 [2, 32], aligned: what a code's low (or only) nibble stands for, and its high one, each twice.
+
+    For the kernels that multiply bfloat16.
+    """
     nibble = torch.arange(32) % 16
     low = nibble - center(bits) if bits <= 4 else nibble
     high = 16 * nibble - center(bits)

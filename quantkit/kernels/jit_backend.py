@@ -14,6 +14,7 @@ from quantkit.kernels.base import LinearSpec, add_bias, check_weight, middle_zer
 from quantkit.kernels.jit import aligned
 from quantkit.kernels.jit_check import why_not_here
 from quantkit.kernels.jit_op import panels_linear
+from quantkit.kernels.jit_step import layer_call, step
 from quantkit.kernels.jit_targets import TARGETS, chosen_target
 from quantkit.kernels.order import in_order, out_of_order
 from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
@@ -33,6 +34,7 @@ class JitBackend:
         panel_scale: [panels, groups, 16], the dtype that ships.
         panel_zero: uint8 [panels, groups, 16]; asymmetric only.
         order: int32 [in]; only with g_idx: the column of x for each packed column. x is permuted once a product.
+        call: int64 [11], addresses of the others, see :mod:`quantkit.kernels.jit_step`; not with torch below 2.10.
     """
 
     name: ClassVar[str] = "cpu_jit"
@@ -68,19 +70,20 @@ class JitBackend:
         packed["panel_scale"] = aligned(pack_groups(q.scale))
         if not spec.scheme.symmetric:
             packed["panel_zero"] = aligned(pack_groups(q.zero_point))
-        return packed
+        bits, zeros = spec.scheme.bits, packed.get("panel_zero")
+        call = layer_call(packed["words"], packed["panel_scale"], zeros, bits, spec.dtype)
+        return packed if call is None else {**packed, "call": call}
 
     def matmul(self, x: Tensor, packed: Mapping[str, Tensor], spec: LinearSpec, bias: Tensor | None = None) -> Tensor:
         """See :class:`KernelBackend`."""
-        y = panels_linear(
-            x.reshape(-1, spec.in_features),
-            packed["words"],
-            packed["panel_scale"],
-            packed.get("panel_zero"),
-            packed.get("order"),
-            spec.scheme.bits,
-            spec.out_features,
-        )
+        flat, order = x.reshape(-1, spec.in_features), packed.get("order")
+        zeros, call = packed.get("panel_zero"), packed.get("call")
+        words, scale = packed["words"], packed["panel_scale"]
+        if call is None or flat.shape[0] != 1 or torch.compiler.is_exporting():
+            y = panels_linear(flat, words, scale, zeros, order, spec.scheme.bits, spec.out_features)
+        else:
+            row = flat.contiguous() if order is None else flat.index_select(1, order)
+            y = step(row, scale, zeros, call)[:, : spec.out_features]
         return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:

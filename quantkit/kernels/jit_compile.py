@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from quantkit.kernels.jit_targets import Target
@@ -19,8 +21,38 @@ def function(source: str, target: Target, pointers: int, numbers: int) -> Callab
         pointers: how many of its arguments are addresses, which come first.
         numbers: how many are 64-bit integers.
     """
+    engine = _engine(source, target)
+    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
+    compiled = signature(engine.get_function_address(NAME))
+
+    def kernel(*arguments: int, engine: object = engine) -> None:  # noqa: ARG001 - the code lives as long as its engine
+        compiled(*arguments)
+
+    return kernel
+
+
+def addresses(
+    source: str, target: Target, names: Sequence[str], symbols: Mapping[str, int] = MappingProxyType({})
+) -> list[int]:
+    """Where a module's functions are, from now on as long as the process lives.
+
+    Args:
+        source: of the module.
+        target: one that this CPU has.
+        names: of its functions.
+        symbols: addresses of what it calls of other libraries.
+    """
+    engine = _engine(source, target, tuple(symbols.items()))
+    return [engine.get_function_address(name) for name in names]
+
+
+@cache
+def _engine(source: str, target: Target, symbols: tuple[tuple[str, int], ...] = ()) -> Any:
+    """The module's machine code."""
     import llvmlite.binding as llvm
 
+    for name, address in symbols:
+        llvm.add_symbol(name, address)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = ",".join(filter(None, [llvm.get_host_cpu_features().flatten(), target.without]))
@@ -29,13 +61,7 @@ def function(source: str, target: Target, pointers: int, numbers: int) -> Callab
     )
     engine = llvm.create_mcjit_compiler(_module(source), machine)
     engine.finalize_object()
-    signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * numbers)
-    compiled = signature(engine.get_function_address(NAME))
-
-    def kernel(*arguments: int, engine: object = engine) -> None:  # noqa: ARG001 - the code lives as long as its engine
-        compiled(*arguments)
-
-    return kernel
+    return engine
 
 
 def assembly(source: str, target: Target) -> str:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-_THREAD_BYTES = 1 << 17  # of codes: with less a thread is not worth starting
+THREAD_BYTES = 1 << 17  # of codes: with less a thread is not worth starting
 
 
 def parts(panels: int, nbytes: int) -> list[tuple[int, int]]:
@@ -19,7 +19,7 @@ def parts(panels: int, nbytes: int) -> list[tuple[int, int]]:
         panels: at least one.
         nbytes: of their codes.
     """
-    threads = min(torch.get_num_threads(), panels, max(1, nbytes // _THREAD_BYTES))
+    threads = min(torch.get_num_threads(), panels, max(1, nbytes // THREAD_BYTES))
     return list(pairwise(panels * i // threads for i in range(threads + 1)))
 
 

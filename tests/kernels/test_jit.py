@@ -145,7 +145,7 @@ def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.Monkey
 @runs_here
 def test_threads_share_the_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, however the panels are divided."""
-    monkeypatch.setattr("quantkit.kernels.jit_threads._THREAD_BYTES", 1)
+    monkeypatch.setattr("quantkit.kernels.jit_threads.THREAD_BYTES", 1)
     q = weight_of(parse_scheme("w4a16_g64_asym"), 100, 256, BF16, 7)
     spec = LinearSpec.of(q, BF16)
     packed = BACKEND.prepack(q, spec)
