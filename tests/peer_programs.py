@@ -1,7 +1,7 @@
 """Other programs, each run by the interpreter of an environment of its own.
 
 The directory in ``QUANTKIT_PEERS`` (by default ``.venv-peers`` in the repository) holds an environment for each, as the
-Makefile sets them up: ``gptqmodel``, ``llmcompressor``, ``autoround``.
+Makefile sets them up: ``vllm``, ``transformers``, ``gptqmodel``, ``llmcompressor``, ``autoround``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def run(program: str, *arguments: str, cwd: Path, timeout: int = 1800) -> str:
         **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         "HF_HUB_OFFLINE": "1",
         "GPTQMODEL_CPU_WORKERS": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     command = [str(interpreter(program)), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=timeout)

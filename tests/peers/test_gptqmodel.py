@@ -5,14 +5,12 @@ Run with an environment of gptqmodel: make test-peer-gptqmodel. Seen with gptqmo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peer_programs import TEXT, assert_close, interpreter, log_probabilities, run, words_after
-from torch import Tensor
+from peer_clients import GPTQMODEL, Answers, ask, own_logprobs
+from peer_programs import TEXT, assert_close, interpreter
 
 import quantkit
 from quantkit.source import BUILTIN_PATH, open_tokenizer
@@ -37,22 +35,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What it does not run on the CPU, so that the day it does shows: torch's int4 product has groups of at most 256.
 REFUSED = {"gptq-channel": {"scheme": "w4a16_channel_sym", "format": "gptq"}}
 
-_CLIENT = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-ids = json.loads(sys.argv[1])
-for name in sys.argv[2:]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, device_map="cpu")
-        with torch.no_grad():
-            found = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)[:-1]
-        chosen = found.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    except RuntimeError as error:
-        print("REFUSED", name, str(error).splitlines()[0], flush=True)
-    else:
-        print("LOGPROBS", name, json.dumps(chosen.tolist()), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,23 +52,15 @@ def ids() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def said(directory: Path, ids: list[int]) -> str:
-    """One process for all: the program takes longer to import than to load these models."""
-    return run("gptqmodel", "-c", _CLIENT, json.dumps(ids), *RECIPES, *REFUSED, cwd=directory)
-
-
-def ours(path: Path, ids: list[int]) -> Tensor:
-    model = quantkit.load(path, dtype="bfloat16")
-    with torch.no_grad():
-        found = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
-    return found[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+def said(directory: Path, ids: list[int]) -> Answers:
+    return ask(GPTQMODEL, dict.fromkeys((*RECIPES, *REFUSED), ids), directory)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_same_log_probabilities(name: str, directory: Path, ids: list[int], said: str) -> None:
-    assert_close(ours(directory / name, ids), log_probabilities(said)[name])
+def test_same_log_probabilities(name: str, directory: Path, ids: list[int], said: Answers) -> None:
+    assert_close(own_logprobs(directory / name, ids), said.given(name))
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_it_does_not_run(name: str, said: str) -> None:
-    assert "qGroupSize" in words_after("REFUSED", said)[name]
+def test_what_it_does_not_run(name: str, said: Answers) -> None:
+    assert "qGroupSize" in said.refused[name]
