@@ -22,11 +22,12 @@ from client_table import Outcome, record
 from peer_clients import CLIENTS, Answers, Client, ask, own_logprobs
 from peer_programs import MEAN_BOUND, NLL_BOUND, interpreter
 
-import quantkit
+from quantkit.verify import verify
 
 pytestmark = pytest.mark.peer
 
-INT8_BOUNDS = (0.03, 0.25)  # activations are rounded in bfloat16 there, in float32 here
+# Activations are rounded in bfloat16 there, in float32 here; on a trained model, and on random ones.
+INT8_BOUNDS, INT8_RANDOM_BOUNDS = (0.03, 0.25), (0.03, 0.1)
 CASES = [
     pytest.param(client, model, recipe, id=f"{client.name}-{model}-{recipe}")
     for client in CLIENTS
@@ -90,21 +91,23 @@ def test_it_does_what_verify_says(client: Client, model: str, recipe: str, sessi
     found = session.outcome(client, model, recipe)
     errors = said_before(client, session.checkpoints.written(model, recipe))
     if errors:
-        assert not is_close(found, recipe), f"{found}, and yet {errors}"
+        assert not is_close(found, model, recipe), f"{found}, and yet {errors}"
     elif recipe in SPOILT:
         assert "refused" not in found
-        assert not is_close(found, recipe)
+        assert not is_close(found, model, recipe)
     else:
-        assert is_close(found, recipe), found
+        assert is_close(found, model, recipe), found
 
 
-def is_close(found: Outcome, recipe: str) -> bool:
+def is_close(found: Outcome, model: str, recipe: str) -> bool:
     """Whether it loaded, and gave quantkit's log-probabilities."""
-    nll, mean = INT8_BOUNDS if "w8a8" in recipe else (NLL_BOUND, MEAN_BOUND)
+    nll, mean = (NLL_BOUND, MEAN_BOUND)
+    if "w8a8" in recipe:
+        nll, mean = INT8_BOUNDS if model == SMOLLM2 else INT8_RANDOM_BOUNDS
     return "refused" not in found and abs(found["nll"]) < nll and found["mean"] < mean
 
 
 def said_before(client: Client, path: Path) -> list[str]:
     """What quantkit finds against a checkpoint in this client."""
-    findings = quantkit.verify(path, target=client.target).findings
+    findings = verify(path, target=client.target).findings
     return [finding.code for finding in findings if finding.severity == "error"]
