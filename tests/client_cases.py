@@ -43,7 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen3_moe": {"moe_intermediate_size": 128},
 }
-WITH_EXPERTS = ("mixtral", "qwen3_moe")
 SMOLLM2 = "smollm2"
 
 _CALIBRATION = {"num_samples": 4, "sequence_length": 128}
@@ -85,12 +84,12 @@ def format_of_recipe(recipe: str) -> str:
 
 
 def is_asked(model: str, recipe: str) -> bool:
-    """Every recipe of the first model, some of the others; the activations of experts stay in floating point."""
+    """Every recipe of the first model, some of the others."""
     if model == ALL_RECIPES:
         return True
     if recipe in SPOILT:
         return model == SMOLLM2
-    return recipe in CORE and not (model in WITH_EXPERTS and "w8a8" in recipe)
+    return recipe in CORE
 
 
 @dataclass

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client_cases import MODELS, RECIPES, SMOLLM2, SPOILT, Checkpoints, format_of_recipe, is_asked
@@ -76,7 +77,9 @@ class Session:
 def session(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Session]:
     chosen: dict[str, list[tuple[str, str]]] = {}
     for item in request.session.items:
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        params: dict[str, Any] = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
         if "client" in params:
             chosen.setdefault(params["client"].name, []).append((params["model"], params["recipe"]))
     session = Session(Checkpoints(tmp_path_factory.mktemp("written")), chosen)
