@@ -20,7 +20,9 @@ Outcome = dict[str, Any]
 
 
 def record(client: str, versions: Mapping[str, str], cases: Mapping[str, Mapping[str, Outcome]]) -> None:
-    """Put one client's results in the place of its last ones, and write the table.
+    """Put one client's results in the place of its last ones of these models, and write the table.
+
+    Results of other versions go.
 
     Args:
         client: its name.
@@ -28,11 +30,17 @@ def record(client: str, versions: Mapping[str, str], cases: Mapping[str, Mapping
         cases: model -> recipe -> what came of it.
     """
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored[client] = {"date": date.today().isoformat(), "versions": dict(versions), "cases": cases}
+    before = stored.get(client, {})
+    kept = before["cases"] if before.get("versions") == versions else {}
+    stored[client] = {
+        "date": date.today().isoformat(),
+        "versions": dict(versions),
+        "cases": {**kept, **{model: {**kept.get(model, {}), **found} for model, found in cases.items()}},
+    }
     ordered = {one.name: stored[one.name] for one in CLIENTS if one.name in stored}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + BEGIN + render(ordered) + END + rest.split(END)[1], encoding="utf-8")
+    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(head + BEGIN + render(ordered) + END + rest.split(END)[1], encoding="utf-8")
 
 
 def render(results: Mapping[str, Any]) -> str:
