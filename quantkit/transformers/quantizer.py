@@ -87,7 +87,11 @@ class QuantkitQuantizer(HfQuantizer):
             _nothing_to_initialize(split.gating)
             model.set_submodule(name, split)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],
+        model: PreTrainedModel | None = None,  # noqa: ARG002 - not given before transformers 5.23
+    ) -> list[Any]:
         """Experts that stand one by one are not stacked on loading, only renamed."""
         if not self._split_leaves:
             return weight_conversions  # there is nothing else to deserialize
