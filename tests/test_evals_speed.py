@@ -208,3 +208,15 @@ def test_the_torch_worker_decodes_a_quantized_model(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(logits["dense"][0]), wanted.float(), atol=0.02)
     first, dense = logits["w4"][0], logits["dense"][0]  # later ones follow other tokens
     assert 0 < np.linalg.norm(first - dense) < 0.5 * np.linalg.norm(dense)
+
+
+def test_each_kind_of_cpu_has_its_own_table() -> None:
+    from speed import linear, study
+
+    case = {"shape": [2, 4], "tokens": 1, "seconds": {linear.BASE: [1.0, 2.0, 3.0]}, "read_bytes_per_second": 100.0}
+    found = {"cases": [{**case, "nbytes": {linear.BASE: 20}}], "rounds": 3, "where": WHERE}
+    text = study.render({"linear": {"AVX512": found, "AVX2": {**found, "where": WHERE | {"cpu": "d"}}}, "decode": {}})
+    assert text.index("### c, AVX512\n") < text.index("### d, AVX2\n")
+    assert text.count("| 1 token | 2x4 |") == 2
+    assert study.shape_of("1536x576") == (1536, 576)
+    assert linear.instructions() == torch.backends.cpu.get_cpu_capability()

@@ -7,8 +7,8 @@ anything is timed, each product is compared with the dense one in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -60,16 +60,21 @@ class Contestant:
     dtype: torch.dtype = torch.bfloat16
 
 
-def study(rounds: int) -> dict[str, Any]:
-    """The results of all shapes."""
+def study(rounds: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, Any]:
+    """The results of these shapes, out x in."""
     torch.set_num_threads(1)
     where = surroundings()
     if find_spec("torchao") is not None:
         where["torchao"] = version("torchao")
     results: dict[str, Any] = {"where": where, "rounds": rounds, "cases": []}
-    for shape in SHAPES:
+    for shape in shapes:
         results["cases"] += one_shape(*shape, rounds)
     return results
+
+
+def instructions() -> str:
+    """What torch uses of this CPU: AVX2, AVX512, ..."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def one_shape(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
@@ -109,8 +114,18 @@ def contestants(rows: int, columns: int) -> dict[str, Contestant]:
         for backend in BACKENDS:
             if backend.name not in FALLBACKS and backend.why_not(spec) is None:
                 make = partial(QuantLinear.from_linear, scheme=name, backend=backend.name)
-                found[f"{name}, {backend.name}"] = Contestant(make, _W4_ERROR if spec.scheme.bits == 4 else _W8_ERROR)
+                allowed = _W4_ERROR if spec.scheme.bits == 4 else _W8_ERROR
+                found[f"{name}, {backend.name}"] = Contestant(make, allowed)
+                if name == SCHEMES[0] and backend.why_not(replace(spec, dtype=torch.float32)) is None:
+                    found[f"{name}, {backend.name}, float32"] = Contestant(
+                        of_float32(make), allowed, dtype=torch.float32
+                    )
     return found if find_spec("torchao") is None else {**found, **torchao_contestants()}
+
+
+def of_float32(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Linear], nn.Module]:
+    """The same for a float32 layer."""
+    return lambda linear: make(twin(linear, dtype=torch.float32))
 
 
 def torchao_contestants() -> dict[str, Contestant]:

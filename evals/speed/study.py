@@ -6,7 +6,8 @@
     python -m speed.study gpu
 
 Contestants take turns, in another order each round, so that what else the machine does meets all of them alike, and are
-compared by medians of one run. Writes results.json and the results in README.md.
+compared by medians of one run. Writes results.json and the results in README.md; one linear layer on a CPU has results
+for each kind of instructions, of which a run replaces its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from table import replace_results
 
 from speed import decode, gpu, linear
+from speed.frame import shape_name
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results.json", HERE / "README.md"
@@ -28,7 +30,7 @@ def main() -> None:
     args = parse_arguments()
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if args.study == "linear":
-        results["linear"] = linear.study(args.rounds)
+        results["linear"][linear.instructions()] = linear.study(args.rounds, [shape_of(name) for name in args.shapes])
     elif args.study == "gpu":
         results["gpu"] = gpu.study(args.rounds)
     else:
@@ -41,8 +43,10 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How fast quantized weights are.")
     studies = parser.add_subparsers(dest="study", required=True)
-    for name, rounds in (("linear", 15), ("gpu", 30)):
-        studies.add_parser(name).add_argument("--rounds", type=int, default=rounds)
+    layer = studies.add_parser("linear")
+    layer.add_argument("--rounds", type=int, default=15)
+    layer.add_argument("--shapes", nargs="+", default=[shape_name(shape) for shape in linear.SHAPES], help="out x in")
+    studies.add_parser("gpu").add_argument("--rounds", type=int, default=30)
     whole = studies.add_parser("decode")
     whole.add_argument("--name", required=True, help="of the model, in the results")
     whole.add_argument("--models", type=Path, required=True, help="what speed/models.py wrote")
@@ -52,9 +56,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shape_of(name: str) -> tuple[int, int]:
+    """What 1536x576 says."""
+    rows, columns = name.split("x")
+    return int(rows), int(columns)
+
+
 def render(results: dict[str, Any]) -> str:
     """What README.md says of the results, in Markdown."""
-    text = "## One linear layer on the CPU\n\n" + linear.render(results["linear"])
+    text = "## One linear layer on the CPU\n"
+    for instructions, found in results["linear"].items():
+        text += f"\n### {found['where']['cpu']}, {instructions}\n\n" + linear.render(found)
     for name, found in results["decode"].items():
         text += f"\n## {name} decodes on the CPU\n\n" + decode.render(found)
     gpus = results.get("gpu")
