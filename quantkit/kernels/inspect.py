@@ -224,6 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 out.flush()
         if options.json:
             out.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
+    except OSError as error:
+        sys.stderr.write(
+            f"{message('inspect', f'{options.dump}: {error.strerror}', 'give --dump another directory')}\n"
+        )
+        return 2
     except QuantkitError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -21,7 +21,7 @@ def round_activations(x: Tensor, static_scale: Tensor | None, padded: int) -> tu
     scales = x.new_empty(x.shape[0], dtype=torch.float32)
     sums = x.new_empty(x.shape[0], dtype=torch.int32)
     round_kernel[(x.shape[0],)](
-        x, codes, scales, sums, static_scale, x.shape[1], padded, x.stride(0),
+        x, codes, scales, sums, static_scale, x.shape[1], padded, x.stride(0) if len(x) > 1 else padded,
         STATIC=static_scale is not None, CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
     return codes, scales, sums

@@ -110,7 +110,7 @@ def matvec(
     # Token blocks first: programs that read the same words run together, and all but one find them in the cache.
     matvec_kernel[(token_blocks, blocks, splits)](
         x, words, scale, zeros, bias, y, partial, counters,
-        tokens, out_features, x.stride(0), units, atoms, per_split, trips,
+        tokens, out_features, x.shape[1], units, atoms, per_split, trips,
         **constants, num_warps=tile.warps, maxnreg=tile.most_registers,
     )  # fmt: skip
     return y.to(x.dtype)
@@ -172,7 +172,10 @@ def choice_on(
 
 
 def _aligned(x: Tensor, columns: int) -> Tensor:
-    """x with rows that 16-byte copies can read: contiguous, aligned, zeros up to ``columns``."""
+    """x with rows that 16-byte copies can read: contiguous, aligned, zeros up to ``columns``.
+
+    The stride of a single row says nothing (torch calls any contiguous): rows are ``columns`` apart.
+    """
     if x.shape[1] != columns:
         return torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     x = x.contiguous()

@@ -171,9 +171,9 @@ def matvec_kernel(
                 if not SYMMETRIC:
                     if PAIRED:
                         if t % 2 == 0:
-                            zero = tl.load(zeros + (index // 2) * group_stride + scale_row)
+                            zero = tl.load(zeros + (index >> 1) * group_stride + scale_row)
                     else:
-                        zero = tl.load(zeros + (index // 2) * group_stride + scale_row) >> ((index % 2) * 16)
+                        zero = tl.load(zeros + (index >> 1) * group_stride + scale_row) >> ((index & 1) * 16)
                 sums = _dot(ones, xt, tl.zeros((ROWS, TOKENS), tl.float32), INTERPRET)
                 new = ()
                 for j in tl.static_range(PLANES):

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_code_limits import EXCEPTIONS, PUBLISHED, SPILLS, Published, budget, most_instructions, stem
 
 from quantkit.errors import InputError, KernelError
 from quantkit.kernels.inspect import chosen, description, inspect, main
 from quantkit.kernels.shipped import Variant, shipped
+from quantkit.kernels.tiles import MOST_TOKENS
 
 pytest.importorskip("triton")
 
@@ -56,28 +58,20 @@ def failures(variant: Variant, finding: Finding) -> list[str]:
     # 256 weights a product of a warp with 8 rows of x, and the sums of x: so the trip is the one that is said.
     tensor, parts = finding["pipes"]["tensor"], 2 if variant.bits == 8 and variant.dtype == "bfloat16" else 1
     least = variant.max_m / 8 / 8 * parts
+    spilled, reloaded = SPILLS.get(stem(variant), {}).get(variant.cc, (0, 0))
     held = {
-        "no spills": finding["spilled"] == 0,
+        "no spills": finding["spilled"] <= spilled,
         "no I2F": finding["conversions"] == 0,
-        "no exposed load": finding["exposed_loads"] == 0,
+        "no exposed load": finding["exposed_loads"] <= reloaded,
         "16-byte copies of x and codes": copies[16] * 16 * 32 * variant.tile.warps >= words_and_x,
         "no other copies but of scales and zero points": sum(copies.values()) - copies[16]
         <= (2 + (not wide_x)) * variant.tile.tiles,
         "as many weights a trip as said": least <= tensor <= least * 1.75,
         "few instructions": finding["instructions_per_weight"] <= most_instructions(variant),
+        "they cost no time": variant.cc not in (80, 90) or finding["instructions_per_weight"] <= budget(variant),
         "on the floor": variant.cc not in (80, 90) or finding["over_floor"] <= 1.05,
     }
     return [f"{variant.name}: {what}" for what, is_held in held.items() if not is_held]
-
-
-def most_instructions(variant: Variant) -> float:
-    """Thread-instructions a weight: at most these. An H100 takes 4.56 of W4 before it leaves the memory's speed."""
-    if variant.bits == 8:
-        return 3.0
-    # Four scales, and zero points, where a group of 128 has one; two where they are dearer with bfloat16.
-    small = variant.group_size == 32 and (variant.max_m == 16 or not variant.symmetric)
-    dear = variant.group_size == 64 and not variant.symmetric and (variant.max_m, variant.dtype) == (16, "bfloat16")
-    return {8: 2.7, 16: 3.8}[variant.max_m] if small or dear else {8: 2.0, 16: 2.3}[variant.max_m]
 
 
 def variants(*patterns: str, capabilities: tuple[int, ...] = (80, 90)) -> dict[str, Variant]:
@@ -102,6 +96,19 @@ class TestGate:
         for part, most in reached.items():
             for cc in (80, 90):
                 assert dumped[0][f"w4a16_{part}_sm{cc}"]["instructions_per_weight"] <= most
+
+    @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published["name"])
+    def test_published_kernels_stay_behind(self, dumped: tuple[dict[str, Finding], Path], published: Published) -> None:
+        """Every variant of that kind takes fewer instructions than they, and their predicted time by no less."""
+        kind = f"w{published['bits']}a16_"
+        for cc in (80, 90):
+            ours = [
+                f for name, f in dumped[0].items() if kind in name and name.endswith(f"_m{published['max_m']}_sm{cc}")
+            ]
+            assert ours
+            assert max(f["instructions_per_weight"] for f in ours) < published["instructions"][str(cc)]
+            ratio = published["over_floor"][str(cc)] / max(f["over_floor"] for f in ours)
+            assert ratio >= 0.999 * published["over_floor"][str(cc)]
 
     def test_dump(self, dumped: tuple[dict[str, Finding], Path]) -> None:
         found, directory = dumped
@@ -135,6 +142,28 @@ def test_every_w4_and_w8_variant(cc: int) -> None:
     assert [line for name, variant in wanted.items() for line in failures(variant, found[name])] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", [80, 90])
+def test_up_to_64_rows_of_x_the_packed_weight_is_faster_than_a_dense_one(cc: int) -> None:
+    """Two blocks of 32 rows, against reading the codes and moving 2 bytes a weight into the L2 cache and out of it.
+
+    That cache is taken for twice as fast as the memory, as choose_splits does.
+    """
+    found = findings("w4a16_g128_sym_m32", "w8a16_channel_sym_m32", "--cc", str(cc))
+    for name, variant in variants("w4a16_g128_sym_m32", "w8a16_channel_sym_m32", capabilities=(cc,)).items():
+        dense = (variant.bytes_per_weight + (2 + 2) / 2) / variant.floor_bytes_per_weight
+        assert MOST_TOKENS / variant.tile.tokens * found[name]["over_floor"] < dense
+
+
+def test_exceptions_are_shipped_variants_beyond_the_limits() -> None:
+    every = {stem(variant) for variant in shipped()}
+    assert {*EXCEPTIONS, *SPILLS} <= every
+    limits = {8: 2.0, 16: 2.3}
+    for name, ceilings in EXCEPTIONS.items():
+        assert name.startswith("w4a16_")
+        assert min(ceilings.values()) > limits[int(name.rpartition("_m")[2])]
+
+
 def test_names_are_unique() -> None:
     every = shipped()
     assert len({variant.name for variant in every}) == len(every)
@@ -163,6 +192,14 @@ def test_the_command_says_on_one_line_what_is_wrong(capsys: pytest.CaptureFixtur
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert "no variant is named by 'w5a16'" in said.err
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["w4a16_g128_sym_float16_m8", "--cc", "80", "--json", "--dump", str(tmp_path / "file" / "x")]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "Not a directory; give --dump another directory" in said.err
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="Triton compiles here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,27 @@ def test_many_tokens_go_through_a_dense_tile(scheme: QuantScheme, monkeypatch: p
     q = random_weight(scheme, 150, 128, dtype=BF16)
     x = normal(65, 128, dtype=BF16)
     assert error_ratio(product(q, x), x, q) <= 2
+
+
+@pytest.mark.parametrize("tokens", [MOST_TOKENS, MOST_TOKENS + 1])
+def test_the_weight_is_dense_from_65_rows_on_and_never_all_of_a_large_one(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    dense = triton_launch.dense
+
+    def recorded(*packed: Tensor, **options: Any) -> Tensor:
+        made.append((options["rows"][1] - options["rows"][0]) * options["in_features"])
+        return dense(*packed, **options)
+
+    limit = 1 << 13
+    monkeypatch.setattr("quantkit.kernels.triton_op._DENSE_WEIGHTS", limit)
+    monkeypatch.setattr(triton_launch, "dense", recorded)
+    q = random_weight(QuantScheme(4, 64), 200, 128, dtype=F16)
+    assert error_ratio(product(q, x := normal(tokens, 128, dtype=F16)), x, q) <= 2
+    assert MOST_TOKENS == 64
+    assert made == ([] if tokens == 64 else [64 * 128] * 3 + [8 * 128])
+    assert all(weights <= limit for weights in made)
 
 
 class TestActivations:
