@@ -19,12 +19,13 @@ from quantkit.allocate import Allocation, Option, allocate, smallest
 from quantkit.checkpoint import Checkpoint, write_bytes
 from quantkit.errors import OutputError, RecipeError, SchemeError, message
 from quantkit.heap import map_large_blocks
+from quantkit.measuring_room import METRICS, Metric, check_room
 from quantkit.planning import make_plan
 from quantkit.recipe import Recipe, Rule, make_recipe, merged
 from quantkit.report import Note, Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length
 from quantkit.scheme import QuantScheme, parse_scheme
-from quantkit.sensitivity import METRICS, Metric, Sensitivity, check_room
+from quantkit.sensitivity import Sensitivity
 from quantkit.solvers import AutoRound
 from quantkit.source import resolve_device, resolve_model
 from quantkit.units import Unit, find_units
@@ -147,7 +148,7 @@ def plan_mixed(
         bits: stored bits per quantized weight, scales and zero points counted, as the report of a run counts them.
         schemes: what a unit may have, names such as ``w4a16_g64_asym``; two or more.
         metric: ``hessian`` or ``kl``; see :mod:`quantkit.sensitivity`.
-        recipe: everything else: method, calibration source, layers to skip, layers (a mixture's experts) whose scheme a
+        recipe: everything else: method, calibration source, layers to skip, layers whose scheme a
             rule states; these are not counted in ``bits``. The recipe's own scheme is not read.
         num_samples: calibration samples to measure with; the recipe's own number is for the run that follows.
         sequence_length: tokens of each; None means 512, or the model's limit if that is shorter.

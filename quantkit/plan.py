@@ -315,6 +315,9 @@ class Plan:
             block = sum(info.nbytes + copies * info.numel * self.dtype.itemsize for info in infos)
             if self.recipe.transforms:  # what they change is held in float32, one matrix at a time in float64
                 block += sum(_FLOAT32 * info.numel for info in infos) + 4 * _FLOAT32 * max(i.numel for i in infos)
+            if self.scale_transforms:  # a trial's weights of all experts
+                experts = (layer for layer in self.block_layers(index) if layer.info.expert is not None)
+                block += self.dtype.itemsize * sum(layer.numel for layer in experts)
             peak = max(peak, block + solving_bytes(self.block_layers(index), self.transform_needs))
             if self.tunes:
                 peak = max(peak, block + self._tuning_bytes(index, sequence_length))

@@ -113,13 +113,18 @@ class ExpertInputs:
             raise CheckpointError(
                 message(self.info.name, f"is called with {list(tokens.shape)}", "quantkit cannot run this model")
             )
-        store[sample] = tokens
+        store[sample] = tokens.detach()
         if self._stream == 0:
             self._chosen.append(chosen.to("cpu", torch.int32))
 
 
 def expert_groups(
-    layers: Sequence[LayerPlan], inputs: ExpertInputs | None, tokens_per_column: float, sequential: bool = False
+    layers: Sequence[LayerPlan],
+    inputs: ExpertInputs | None,
+    tokens_per_column: float,
+    sequential: bool = False,
+    *,
+    also: frozenset[Stat] = frozenset(),
 ) -> Iterator[tuple[list[LayerPlan], LayerStats | None]]:
     """The experts' layers to solve together, each group with the statistics of its input.
 
@@ -131,13 +136,14 @@ def expert_groups(
         inputs: of the module; None when none of the layers needs statistics.
         tokens_per_column: see above.
         sequential: measure down behind gate and up as they are when its turn comes (quantized), not as they were.
+        also: what is gathered besides what the solvers need.
     """
     experts: dict[int, list[LayerPlan]] = {}
     for layer in layers:
         assert layer.info.expert is not None, "the caller gives layers of experts"
         experts.setdefault(layer.info.expert.index, []).append(layer)
     for index, members in experts.items():
-        if inputs is None or not any(layer.solver.needs for layer in members):
+        if inputs is None or not (also or any(layer.solver.needs for layer in members)):
             for group in _alike(members):
                 yield group, None
             continue
@@ -146,13 +152,17 @@ def expert_groups(
         parts = [kept] if not sequential else [_of(kept, _GATE_UP_LEAVES), _of(kept, (DOWN,))]
         original = inputs.module.gate_up(index) if sequential else None
         for part in parts:
-            of_leaf = _measure(inputs, index, part, original)
+            of_leaf = _measure(inputs, index, part, original, also)
             for group in _alike(part):
                 yield group, of_leaf[_leaf(group[0])]
 
 
 def _measure(
-    inputs: ExpertInputs, index: int, layers: Sequence[LayerPlan], original: tuple[Tensor, Tensor] | None
+    inputs: ExpertInputs,
+    index: int,
+    layers: Sequence[LayerPlan],
+    original: tuple[Tensor, Tensor] | None,
+    also: frozenset[Stat],
 ) -> dict[str, LayerStats]:
     """Leaf -> the statistics of its input, for these layers of one expert.
 
@@ -161,13 +171,14 @@ def _measure(
         index: of the expert.
         layers: of the expert.
         original: its gate and up in full precision, where they are quantized by now.
+        also: see :func:`expert_groups`.
     """
     info, module = inputs.info, inputs.module
     exact = module.gate_up(index) if original is None else original
     device = exact[0].device
     first, last = _of(layers, _GATE_UP_LEAVES), _of(layers, (DOWN,))
-    at_first = LayerStats(info.hidden_size, _needs(first), device)
-    at_last = LayerStats(info.intermediate_size, _needs(last), device)
+    at_first = LayerStats(info.hidden_size, _needs(first) | also, device)
+    at_last = LayerStats(info.intermediate_size, _needs(last) | also, device)
     for x, reference in inputs.of_expert(index):
         at_first.update(x, reference)
         if last:

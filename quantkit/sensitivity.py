@@ -25,69 +25,38 @@ for ``kl``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from quantkit.activations import Activations
 from quantkit.arch import is_transposed
 from quantkit.capture import BlockInputs
-from quantkit.errors import CheckpointError, HessianError, OutputError, message
+from quantkit.errors import CheckpointError, HessianError, message
+from quantkit.experts import SplitExperts
 from quantkit.grid import dequantize
 from quantkit.heap import trim
 from quantkit.layer_plan import LayerPlan
+from quantkit.measuring_room import Metric
 from quantkit.plan import Plan
 from quantkit.report import Observer, Stage, Step
+from quantkit.routing import ExpertInputs, expert_groups
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import assign, place_buffers, release
-from quantkit.stats import Stat
+from quantkit.stats import LayerStats, Stat
 from quantkit.units import Unit
 from quantkit.watching import Watch, changed
 
-Metric = Literal["hessian", "kl"]
-METRICS: tuple[Metric, ...] = ("hessian", "kl")
+_Error = tuple[LayerPlan, Tensor, LayerStats | None]
+"""A layer, the error float32 [out, in] of its weight, and what was seen at its input."""
 
 _FLOAT32 = 4
-_LOGIT_COPIES = 4  # float32 [length, vocabulary]: logits, distribution, its logarithm, and the gradient
 _POSITIONS_AT_ONCE = 256
-_MIB = 2**20
-
-
-def check_room(
-    plan: Plan, units: Sequence[Unit], num_schemes: int, metric: Metric, shape: tuple[int, int], directory: Path
-) -> None:
-    """Memory and disk for a measurement.
-
-    Args:
-        plan: the model.
-        units: of the plan.
-        num_schemes: how many are compared.
-        metric: see the module.
-        shape: (samples, tokens in each).
-        directory: where hidden states go that do not fit the recipe's activation_memory.
-
-    Raises:
-        OutputError: not enough of either.
-    """
-    num_tokens, length = shape[0] * shape[1], shape[1]
-    states = num_tokens * int(plan.skeleton.model.config.hidden_size) * plan.dtype.itemsize
-    on_disk = states * _num_stores(plan, units, num_schemes, metric)
-    held = min(on_disk, plan.recipe.activation_memory)
-    vocabulary = int(plan.skeleton.model.config.vocab_size)
-    needed = plan.peak_memory(num_tokens, length) + held + _LOGIT_COPIES * _FLOAT32 * length * vocabulary
-    for what, wanted, free, fix in (
-        ("memory", needed, psutil.virtual_memory().available, "use fewer or shorter samples"),
-        (str(directory), on_disk - held, psutil.disk_usage(str(directory)).free, "free space or use fewer samples"),
-    ):
-        if wanted > free:
-            raise OutputError(
-                message(what, f"measuring needs about {wanted / _MIB:.0f} MiB and has {free / _MIB:.0f} MiB", fix)
-            )
 
 
 class Sensitivity:
@@ -152,7 +121,14 @@ class Sensitivity:
         for index in reversed(range(self._num_blocks)):
             with self._block(index) as block:
                 watch = Watch(self._linears(block, index), self._needs(index) | {Stat.HESSIAN}, gradients=True)
-                with watch.hooked(), torch.enable_grad():
+                experts = Watch(self._linears(block, index, of_experts=True), frozenset(), gradients=True)
+                with (
+                    self._routed(index, True) as routed,
+                    _keeping(routed),
+                    watch.hooked(),
+                    experts.hooked(),
+                    torch.enable_grad(),
+                ):
                     for sample in range(len(self.samples)):
                         hidden = states[index][sample].to(self.device, copy=True).requires_grad_(True)
                         output = self._run(index, hidden)
@@ -160,9 +136,13 @@ class Sensitivity:
                         assert hidden.grad is not None
                         gradients[sample] = hidden.grad
                         watch.end_pass()
-                states[index].close()
-                for number, unit in self._units_of(index):
-                    found[number] = [self._weighted_loss(unit, scheme, block, watch) for scheme in self.schemes]
+                        experts.end_pass()
+                    states[index].close()
+                    energies = {**watch.gradient_energy, **experts.gradient_energy}
+                    with torch.no_grad():
+                        for number, unit in self._units_of(index):
+                            errors = [self._errors(unit, scheme, block, watch, routed) for scheme in self.schemes]
+                            found[number] = [self._weighted_loss(each, energies) for each in errors]
             trim()
             self.observer(Step(f"backward: block {index + 1}/{self._num_blocks}"))
         return found
@@ -180,13 +160,17 @@ class Sensitivity:
                 assert hidden.grad is not None
                 states[sample] = hidden.grad
 
-    def _weighted_loss(self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: Watch) -> float:
-        """½ Σ_r Σ_t g_r² · (dW E[x xᵀ] dWᵀ)_rr over the unit's rows, by the tokens of the whole calibration set."""
+    def _weighted_loss(self, errors: Iterator[_Error], energies: Mapping[str, Tensor]) -> float:
+        """½ Σ_r Σ_t g_r² · (dW E[x xᵀ] dWᵀ)_rr over a unit's rows, by the tokens of the whole calibration set.
+
+        Of an expert, E and the sum of g² are over the tokens that were sent to it; one that saw none costs nothing.
+        """
         total = 0.0
-        for layer, error in self._errors(unit, scheme, block, watch):
-            hessian = watch.inputs[layer.info.local].hessian  # 2/n Σ x xᵀ
-            rows = ((error @ hessian) * error).sum(1).double() / 2
-            total += 0.5 * float((rows * watch.gradient_energy[layer.info.local]).sum()) / self._num_tokens
+        for layer, error, stats in errors:
+            if stats is None or stats.num_tokens == 0:
+                continue
+            rows = ((error @ stats.hessian) * error).sum(1).double() / 2  # the Hessian is 2/n Σ x xᵀ
+            total += 0.5 * float((rows * energies[layer.info.local]).sum()) / self._num_tokens
         return total
 
     def _by_divergence(self, stack: ExitStack) -> list[list[float]]:
@@ -223,18 +207,20 @@ class Sensitivity:
         with self._block(index) as block:
             needs = self._needs(index)
             watch = Watch(self._linears(block, index), needs, gradients=False)
-            if needs:
-                with watch.hooked():
-                    for sample in range(len(self.samples)):
-                        self._run(index, hidden[sample])
-                        watch.end_pass()
-            for number, unit in self._units_of(index):
-                for column, scheme in enumerate(self.schemes):
-                    store = self._store(stack, hidden, budget, f"unit-{number}-{column}")
-                    with changed(block, self._errors(unit, scheme, block, watch)):
+            with self._routed(index, False) as routed:
+                if needs:
+                    with watch.hooked(), _keeping(routed):
                         for sample in range(len(self.samples)):
-                            store[sample] = self._run(index, hidden[sample])
-                    streams[number, column] = store
+                            self._run(index, hidden[sample])
+                            watch.end_pass()
+                for number, unit in self._units_of(index):
+                    for column, scheme in enumerate(self.schemes):
+                        store = self._store(stack, hidden, budget, f"unit-{number}-{column}")
+                        errors = self._errors(unit, scheme, block, watch, routed)
+                        with changed(block, ((layer, error) for layer, error, _ in errors)):
+                            for sample in range(len(self.samples)):
+                                store[sample] = self._run(index, hidden[sample])
+                        streams[number, column] = store
             self._hand_on(index, [hidden])
         return streams
 
@@ -248,31 +234,69 @@ class Sensitivity:
                     totals[number] += _divergence(dense, self._logits(tokens, stream[sample]))
         return [max(total, 0.0) / self._num_tokens for total in totals]  # below zero is rounding: the divergence is not
 
-    def _errors(
-        self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: Watch
-    ) -> Iterator[tuple[LayerPlan, Tensor]]:
-        """Each layer's weight error, float32 [out, in]; layers of one input and solver are solved as one matrix."""
-        together: dict[object, list[LayerPlan]] = {}
+    @contextmanager
+    def _routed(self, index: int, always: bool) -> Iterator[ExpertInputs | None]:
+        """Where the inputs of a block's experts are kept inside; None: nobody reads them.
+
+        Args:
+            index: of the block.
+            always: also where no solver reads them.
+        """
+        layers = [layer for _, unit in self._units_of(index) if unit.is_experts for layer in unit.layers]
+        if not layers or not (always or any(layer.solver.needs for layer in layers)):
+            yield None
+            return
+        slot = layers[0].info.expert
+        assert slot is not None, "the unit is of experts"
+        info = next(info for info in self._skeleton.experts if info.name == slot.module)
+        module = cast(SplitExperts, self._skeleton.model.get_submodule(slot.module))
+        budget = self.plan.experts_budget(self._num_tokens)
+        lengths = [len(sample) for sample in self.samples]
+        inputs = ExpertInputs(info, module, lengths, self.plan.dtype, budget, self._directory)
+        try:
+            yield inputs
+        finally:
+            inputs.close()
+
+    def _together(
+        self, unit: Unit, scheme: QuantScheme, watch: Watch, routed: ExpertInputs | None
+    ) -> Iterator[tuple[list[LayerPlan], LayerStats | None]]:
+        """Layers of a unit with one input and solver, and what was seen there; of experts, one expert at a time."""
+        if unit.is_experts:
+            layers = [replace(layer, scheme=scheme) for layer in unit.layers]
+            threshold = self.plan.recipe.expert_tokens_per_column
+            yield from expert_groups(layers, routed, threshold, also=frozenset({Stat.HESSIAN}))
+            return
+        found: dict[object, tuple[list[LayerPlan], LayerStats | None]] = {}
         for layer in unit.layers:
             stats = watch.of(layer)
-            together.setdefault((layer.info.name if stats is None else id(stats), layer.solver), []).append(layer)
-        for layers in together.values():
+            key = (layer.info.name if stats is None else id(stats), layer.solver)
+            found.setdefault(key, ([], stats))[0].append(layer)
+        yield from found.values()
+
+    def _errors(
+        self, unit: Unit, scheme: QuantScheme, block: nn.Module, watch: Watch, routed: ExpertInputs | None
+    ) -> Iterator[_Error]:
+        """Each layer's weight error; layers of one input and solver are solved as one matrix."""
+        for layers, stats in self._together(unit, scheme, watch, routed):
             weights = [_rows_first(block.get_submodule(layer.info.local)) for layer in layers]
             stacked = torch.cat([weight.float() for weight in weights])
             first = layers[0]
             try:
-                solved = first.solver.solve(stacked, scheme, watch.of(first), self.plan.dtype)
+                solved = first.solver.solve(stacked, scheme, stats if first.solver.needs else None, self.plan.dtype)
             except HessianError as problem:
                 raise HessianError(f"{', '.join(layer.info.name for layer in layers)}: {problem}") from problem
             error = dequantize(solved.weight, torch.float32).sub_(stacked)
             del stacked, solved
-            yield from zip(layers, error.split([layer.info.out_features for layer in layers]), strict=True)
+            parts = error.split([layer.info.out_features for layer in layers])
+            yield from ((layer, part, stats) for layer, part in zip(layers, parts, strict=True))
 
     def _units_of(self, index: int) -> list[tuple[int, Unit]]:
         return [(n, unit) for n, unit in enumerate(self.units) if unit.layers[0].info.block == index]
 
-    def _linears(self, block: nn.Module, index: int) -> dict[str, nn.Module]:
-        layers = (layer for _, unit in self._units_of(index) for layer in unit.layers)
+    def _linears(self, block: nn.Module, index: int, *, of_experts: bool = False) -> dict[str, nn.Module]:
+        units = (unit for _, unit in self._units_of(index) if unit.is_experts == of_experts)
+        layers = (layer for unit in units for layer in unit.layers)
         return {layer.info.local: block.get_submodule(layer.info.local) for layer in layers}
 
     def _needs(self, index: int) -> frozenset[Stat]:
@@ -346,6 +370,10 @@ class Sensitivity:
         return {name: placed[disk] for name, disk in names.items()}
 
 
+def _keeping(routed: ExpertInputs | None) -> AbstractContextManager[None]:
+    return nullcontext() if routed is None else routed.hooked()
+
+
 def _divergence(dense: Tensor, other: Tensor) -> float:
     """Σ KL over the positions of float32 [positions, vocabulary] logits."""
     total = 0.0
@@ -358,10 +386,3 @@ def _divergence(dense: Tensor, other: Tensor) -> float:
 def _rows_first(module: nn.Module) -> Tensor:
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight
-
-
-def _num_stores(plan: Plan, units: Sequence[Unit], num_schemes: int, metric: Metric) -> int:
-    blocks = len(plan.skeleton.blocks)
-    if metric == "hessian":
-        return blocks + 1
-    return 2 + num_schemes * max(sum(u.layers[0].info.block == index for u in units) for index in range(blocks))

@@ -112,6 +112,12 @@ class LayerStats:
             raise ValueError("no means were gathered: ask for Stat.ABS_MEAN and update() with at least one token")
         return (self._abs_sum / self.num_tokens).to(self._device, torch.float32)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the magnitudes seen are all finite; True where none were gathered."""
+        gathered = [one for one in (self._abs_max, self._abs_sum) if one is not None]
+        return all(bool(torch.isfinite(one).all()) for one in gathered)
+
     def rescale(self, factors: Tensor) -> None:
         """What would have been seen had every input channel been multiplied by its factor: exact algebra, no pass.
 

@@ -108,6 +108,7 @@ class Transforming:
         names = plan.skeleton.block_tensors(index)
         tensors = self._tensors(index, source)
         context = _Block(plan, index, tensors, measured, samples)
+        context.check_finite()
         records = []
         for transform in plan.scale_transforms:
             for group in plan.structures[index].groups:
@@ -236,6 +237,13 @@ class _Block:
     def scheme(self, linear: str) -> QuantScheme | None:
         layer = self._layers.get(linear)
         return None if layer is None else layer.scheme
+
+    def check_finite(self) -> None:
+        """Every input that was measured is finite: else the first layer that reads one that is not is named."""
+        for linear, stats in self.measured.inputs.items():
+            if not stats.is_finite:
+                what, fix = "its activations are not finite", "check the model in this dtype, or use --dtype float32"
+                raise CalibrationError(message(f"{self.prefix}{linear}", what, fix))
 
     def too_few(self, group: ScaleGroup) -> str | None:
         """Why the channels inside of an expert stay as they are: too few tokens reached it; None otherwise."""

@@ -29,11 +29,16 @@ class Unit:
     def match(self) -> str:
         """What a recipe's rule says to mean this unit."""
         names = [layer.info.name for layer in self.layers]
-        if len(names) == 1:
-            return names[0]
+        if len(names) == 1 or self.is_experts:
+            return self.name
         stem = names[0].rpartition(".")[0]
         leaves = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
         return f"re:{re.escape(stem)}\\.({leaves})"
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a block's experts."""
+        return self.layers[0].info.expert is not None
 
     @property
     def numel(self) -> int:
@@ -49,29 +54,27 @@ class Unit:
 def find_units(plan: Plan) -> tuple[Unit, ...]:
     """The units of the layers inside of the blocks, in the model's order, but for those whose scheme a rule states.
 
+    All experts of a block are one unit, for engines run them as one.
+
     Raises:
-        RecipeError: stacked experts, whose effect is not measured one by one, or no layer at all.
+        RecipeError: no layer at all.
     """
     members: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
         rule = next((rule for rule in plan.recipe.rules if rule.matches(layer.info.name)), None)
         if layer.info.block is None or (rule is not None and rule.scheme is not None):
             continue
-        if layer.info.expert is not None:
-            raise RecipeError(
-                message(
-                    layer.info.expert.module,
-                    "the effect of a mixture's experts is not measured",
-                    'state their scheme by a rule of --recipe, such as {match: "*.experts.*", scheme: w4a16_g64}',
-                )
-            )
-        members.setdefault(input_group(layer.info.name), []).append(layer)
+        slot = layer.info.expert
+        members.setdefault(input_group(layer.info.name) if slot is None else slot.module, []).append(layer)
     if not members:
         raise RecipeError(message("rules", "no layer is left to choose a scheme for", "remove a rule with a scheme"))
     return tuple(Unit(_unit_name(layers), tuple(layers)) for layers in members.values())
 
 
 def _unit_name(layers: Sequence[LayerPlan]) -> str:
+    slot = layers[0].info.expert
+    if slot is not None:
+        return f"{slot.module}.*"
     names = [layer.info.name for layer in layers]
     stem = names[0].rpartition(".")[0]
     return f"{stem}." + "+".join(name.rpartition(".")[2] for name in names)

@@ -30,7 +30,7 @@ class Watch:
         self._live: list[tuple[Tensor, str]] = []
 
     def of(self, layer: LayerPlan) -> LayerStats | None:
-        """What the layer's solver reads.
+        """What was seen at the layer's input; None where nothing was asked for.
 
         Raises:
             CalibrationError: the layer never ran.
@@ -39,7 +39,7 @@ class Watch:
             raise CalibrationError(
                 message(layer.info.name, "never ran on the calibration data", "skip it by a rule in the recipe")
             )
-        return self.inputs.get(layer.info.local) if layer.solver.needs else None
+        return self.inputs.get(layer.info.local)
 
     def end_pass(self) -> None:
         """One forward pass is over: who shares an input with whom is known from here on."""

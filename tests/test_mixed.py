@@ -14,12 +14,13 @@ import quantkit
 from quantkit.allocate import allocate
 from quantkit.calibration import CalibrationSpec
 from quantkit.checkpoint import Checkpoint
+from quantkit.measuring_room import METRICS
 from quantkit.mixed import MixedPlan, plan_mixed, write_recipe
 from quantkit.planning import make_plan
 from quantkit.recipe import Recipe, load_recipe, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme
-from quantkit.sensitivity import METRICS, Sensitivity
+from quantkit.sensitivity import Sensitivity
 from quantkit.source import BUILTIN_PATH
 from quantkit.units import find_units
 
@@ -139,21 +140,21 @@ def test_refusals(changes: dict[str, Any], error: type[Exception], said: str) ->
         plan_mixed("builtin", **{**arguments, **changes})
 
 
-def test_experts_are_refused_unless_a_rule_states_their_scheme(
-    tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
-) -> None:
-    schemes = ("w4a16_g32", "w8a16_g32")
-    with pytest.raises(quantkit.RecipeError, match=r"mlp.experts: the effect of a mixture's experts is not measured"):
-        plan_mixed(tiny("mixtral"), bits=5, schemes=schemes)
-    rules = [{"match": "*.experts.*", "scheme": "w4a16_g32"}]
-    plan = make_plan(Checkpoint(tiny("mixtral")), make_recipe({"scheme": "w8a16_g32", "rules": rules, "method": "rtn"}))
-    units = find_units(plan)
-    assert {unit.name.rpartition(".")[2] for unit in units} == {"q_proj+k_proj+v_proj", "o_proj"}
-    run = Sensitivity(plan, units, [QuantScheme(4, 32)], tokens, torch.device("cpu"), tmp_path, ignore)
-    estimated, divergence = (torch.tensor(run.measure(metric, seed=0)) for metric in METRICS)
-    assert float(divergence.min()) > 0
-    # A random model's few tokens: of the same size, which weights misplaced or left empty would not give.
-    assert 0.3 < float(estimated.sum() / divergence.sum()) < 3
+def test_experts_of_a_block_are_one_unit(tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path) -> None:
+    """Engines run them with one scheme; a rule may state it, and then nothing of them is measured."""
+    recipe: dict[str, Any] = {"scheme": "w8a16_g32", "method": "rtn"}
+    names = []
+    for rules in ([], [{"match": "*.experts.*", "scheme": "w4a16_g32"}]):
+        plan = make_plan(Checkpoint(tiny("mixtral")), make_recipe({**recipe, "rules": rules}))
+        units = find_units(plan)
+        names.append([unit.name for unit in units if unit.name.startswith("model.layers.1.")])
+        run = Sensitivity(plan, units, [QuantScheme(4, 32)], tokens, torch.device("cpu"), tmp_path, ignore)
+        estimated, divergence = (torch.tensor(run.measure(metric, seed=0)) for metric in METRICS)
+        assert float(divergence.min()) > 0
+        # A random model's few tokens: of the same size, which weights misplaced or left empty would not give.
+        assert 0.3 < float(estimated.sum() / divergence.sum()) < 3
+    attention = ["model.layers.1.self_attn.q_proj+k_proj+v_proj", "model.layers.1.self_attn.o_proj"]
+    assert names == [[*attention, "model.layers.1.mlp.experts.*"], attention]
 
 
 @pytest.mark.slow

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MOE_FAMILIES
+from test_experts import split_experts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.arch import is_transposed
 from quantkit.checkpoint import Checkpoint
+from quantkit.experts import experts_info, is_experts
 from quantkit.grid import dequantize
+from quantkit.measuring_room import Metric, check_room
 from quantkit.plan import Plan
 from quantkit.planning import make_plan
 from quantkit.recipe import Rule, make_recipe
 from quantkit.report import ignore
 from quantkit.scheme import QuantScheme, parse_scheme
-from quantkit.sensitivity import Metric, Sensitivity, check_room
+from quantkit.sensitivity import Sensitivity
 from quantkit.solvers import GPTQ, RTN
 from quantkit.stats import LayerStats, Stat
 from quantkit.units import find_units
@@ -44,6 +47,15 @@ def rows_first(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
+def whole_model(path: Path) -> Any:
+    """In memory, its experts one by one."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for name, module in [*model.named_modules()]:
+        if is_experts(module):
+            model.set_submodule(name, split_experts(module, experts_info(name, module)))
+    return model
+
+
 def error_of(rows: Tensor, scheme: QuantScheme, stats: LayerStats | None) -> Tensor:
     solver = RTN() if stats is None else GPTQ()
     return dequantize(solver.solve(rows, scheme, stats, torch.float32).weight, torch.float32) - rows
@@ -51,7 +63,8 @@ def error_of(rows: Tensor, scheme: QuantScheme, stats: LayerStats | None) -> Ten
 
 def whole_model_estimate(path: Path, plan: Plan, samples: list[Tensor]) -> list[list[float]]:
     """½ Σ_r E[g_r²] (dW E[xxᵀ] dWᵀ)_rr with the whole model and its whole graph in memory, from the formula."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    model = whole_model(path).requires_grad_(False)
+    num_tokens = sum(map(len, samples))
     inputs: dict[str, list[Tensor]] = {}
     gradients: dict[str, list[Tensor]] = {}
     for layer in plan.layers:
@@ -77,7 +90,7 @@ def whole_model_estimate(path: Path, plan: Plan, samples: list[Tensor]) -> list[
                 rows = rows_first(model.get_submodule(layer.info.name))
                 error = error_of(rows, scheme, None)
                 outputs = (x @ error.T).square().mean(0)
-                weights = torch.cat(gradients[layer.info.name]).square().mean(0)
+                weights = torch.cat(gradients[layer.info.name]).square().sum(0) / num_tokens
                 found[-1][column] += 0.5 * float((weights * outputs).sum())
     return found
 
@@ -85,7 +98,7 @@ def whole_model_estimate(path: Path, plan: Plan, samples: list[Tensor]) -> list[
 @torch.no_grad()
 def whole_model_divergence(path: Path, plan: Plan, samples: list[Tensor], gptq: bool) -> list[list[float]]:
     """The divergence itself: one unit's weights replaced in the whole model."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = whole_model(path)
     stats = {
         layer.info.name: LayerStats(layer.info.in_features, frozenset({Stat.HESSIAN}), CPU) for layer in plan.layers
     }
@@ -118,7 +131,9 @@ def whole_model_divergence(path: Path, plan: Plan, samples: list[Tensor], gptq: 
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "opt", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "gemma2", "gpt2", "opt", "gemma3_text", "qwen2_moe", "deepseek_v3"]
+)
 def test_streamed_estimate_is_the_whole_models(
     family: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:
@@ -129,12 +144,13 @@ def test_streamed_estimate_is_the_whole_models(
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", "gptq"), ("gpt2", "rtn"), ("gemma2", "gptq"), ("qwen2", "rtn")]
+    ("family", "method"),
+    [("llama", "gptq"), ("gpt2", "rtn"), ("gemma2", "gptq"), ("qwen2", "rtn"), ("mixtral", "gptq")],
 )
 def test_streamed_divergence_is_the_whole_models(
     family: str, method: str, tiny: Callable[[str], Path], tokens: list[Tensor], tmp_path: Path
 ) -> None:
-    plan = planned(tiny(family), method=method)
+    plan = planned(tiny(family), method=method, expert_tokens_per_column=0)
     found = torch.tensor(measured(plan, tokens, "kl", tmp_path))
     expected = torch.tensor(whole_model_divergence(tiny(family), plan, tokens, method == "gptq"))
     # 8 bits are lost in float32's rounding of these logits: compared by the largest divergences alone.
@@ -168,7 +184,7 @@ def test_at_most_one_block_holds_weights(
     assert all(p.is_meta for p in plan.skeleton.model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
 def test_units_are_what_engines_fuse_and_rules_mean_them(family: str, tiny: Callable[[str], Path]) -> None:
     plan = planned(tiny(family))
     units = find_units(plan)
