@@ -163,20 +163,68 @@ class InProcess:
         return decode(self.program, request)
 
 
-def test_a_program_that_computes_something_else_stops_the_study() -> None:
+def test_a_program_that_computes_something_else_stops_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its own weights; how near is near is what BASE has, twice, times the program's own rounding."""
+    from speed import decode
     from speed.decode import BASE, FOLLOWED, PROMPT, Contestant, Line, checked, step_time
 
-    def line(noise: float) -> Any:
-        worker: Any = InProcess(Counting(noise))
-        return Line(Contestant("torch_decode.py", "dense", 0.2), worker, compiled=False)
-
     given = list(range(PROMPT + FOLLOWED))
-    errors = checked({BASE: line(0), "near": line(0.1)}, given)
-    assert errors[BASE] == 0
-    assert errors["near"] == pytest.approx(0.1)
-    with pytest.raises(AssertionError, match="far"):
-        checked({BASE: line(0), "far": line(0.3)}, given)
+    exact = np.zeros((FOLLOWED + 1, 100))
+    exact[np.arange(FOLLOWED + 1), np.arange(PROMPT, PROMPT + FOLLOWED + 1)] = 1
+    monkeypatch.setattr(decode, "exact_logits", lambda path, *_: exact * (2 if path.name == "coarse" else 1))
+
+    def line(noise: float, rounding: float = 1.0, model: str = "dense") -> Any:
+        worker: Any = InProcess(Counting(noise))
+        return Line(Contestant("torch_decode.py", model, rounding), worker, compiled=False)
+
+    base = {BASE: line(0.02)}
+    near = {"near": line(0.03), "coarser": line(0.1, 3), "weights": line(1.02, model="coarse")}
+    errors, lost = checked({**base, **near}, given, Path())
+    assert errors == pytest.approx({BASE: 0.02, "near": 0.03, "coarser": 0.1, "weights": 0.01})
+    assert lost == pytest.approx({BASE: 0, "near": 0, "coarser": 0, "weights": 1})
+    for name, far in {"far": line(0.05), "coarser": line(0.13, 3), "weights": line(0, model="coarse")}.items():
+        with pytest.raises(AssertionError, match=name):
+            checked({**base, name: far}, given, Path())
+    with pytest.raises(AssertionError, match=BASE):
+        checked({BASE: line(0.04)}, given, Path())
     assert step_time(line(0), given[:PROMPT]) > 0
+
+
+def test_how_coarse_blocks_of_8_bits_are() -> None:
+    """The root mean squares that the bound for llama.cpp stands on, from normal numbers."""
+    from speed.decode import BLOCKS_OF_8_BITS
+
+    x = torch.randn(20_000, 32, generator=torch.Generator().manual_seed(0))
+    scale = x.abs().amax(1, keepdim=True) / 127
+    errors = [(rounded - x).square().mean().sqrt() for rounded in ((x / scale).round() * scale, x.bfloat16().float())]
+    assert float(errors[0] / errors[1]) == pytest.approx(BLOCKS_OF_8_BITS, rel=0.03)
+
+
+def test_rows_of_a_gguf_come_back() -> None:
+    from speed.gguf_file import arranged, in_order
+
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    weight = torch.randn(32, 5)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(in_order(name, arranged(name, weight, config), config), weight)
+
+
+def test_the_exact_logits_are_those_of_the_dequantized_weights(tmp_path: Path) -> None:
+    from speed.exact import exact_logits
+
+    import quantkit
+
+    dense = save_tiny("llama", tmp_path / "dense")
+    quantkit.quantize(dense, tmp_path / "w4", recipe={"scheme": "w4a16_g32", "method": "rtn"})
+    given, found = list(range(10, 26)), {}
+    for name in ("dense", "w4"):
+        found[name] = exact_logits(tmp_path / name, "none", given, 3)
+        assert found[name].shape[0] == 4
+        model = quantkit.load(tmp_path / name, dtype="float32", backend=None if name == "dense" else "reference")
+        with torch.inference_mode():
+            wanted = model(torch.tensor([given])).logits[0, -4:]
+        np.testing.assert_allclose(found[name], wanted.numpy(), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found["dense"], found["w4"], rtol=1e-2)
 
 
 def test_the_torch_worker_decodes_a_quantized_model(tmp_path: Path) -> None:
@@ -191,10 +239,10 @@ def test_the_torch_worker_decodes_a_quantized_model(tmp_path: Path) -> None:
     setting = Setting(tmp_path, None)
     given, found = list(range(10, 26)), {}
     for name in ("dense", "w4"):
-        worker = start(name, Contestant("torch_decode.py", name, 1.0), setting)
+        worker = start(name, Contestant("torch_decode.py", name), setting)
         try:
             found[name] = worker.ask({})
-            one = Line(Contestant("torch_decode.py", name, 1.0), worker, compiled=False)
+            one = Line(Contestant("torch_decode.py", name), worker, compiled=False)
             answer = one.ask(given, None, 4, tmp_path / f"{name}.npy")
         finally:
             worker.process.kill()

@@ -81,8 +81,20 @@ def gguf_name(name: str) -> str:
 
 def arranged(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
     """Rows of q and k in llama.cpp's order: each head's halves, which rotate together, in pairs side by side."""
+    heads = _rotating_heads(name, config)
+    return weight if heads is None else _swapped(weight.view(heads, 2, -1, weight.shape[1]), weight)
+
+
+def in_order(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+    """The inverse of :func:`arranged`."""
+    heads = _rotating_heads(name, config)
+    return weight if heads is None else _swapped(weight.view(heads, -1, 2, weight.shape[1]), weight)
+
+
+def _rotating_heads(name: str, config: dict[str, Any]) -> int | None:
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for part, count in heads.items():
-        if part in name:
-            return weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
-    return weight
+    return next((count for part, count in heads.items() if part in name), None)
+
+
+def _swapped(parts: Tensor, weight: Tensor) -> Tensor:
+    return parts.transpose(1, 2).reshape(weight.shape).contiguous()

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     whole.add_argument("--name", required=True, help="of the model, in the results")
     whole.add_argument("--models", type=Path, required=True, help="what speed/models.py wrote")
     whole.add_argument("--llama-cpp", help="an interpreter with llama_cpp; without it llama.cpp takes no part")
-    whole.add_argument("--only", nargs="*", default=["*"], help="patterns of contestants; the dense model must be one")
+    whole.add_argument("--only", nargs="*", default=["*"], help="patterns of lines; bfloat16 must be one")
     whole.add_argument("--rounds", type=int, default=9)
     return parser.parse_args()
 

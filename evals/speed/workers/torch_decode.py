@@ -1,4 +1,4 @@
-"""Models in torch: what quantkit.load opens, with torchao's weights in the place of dense ones where asked."""
+"""Models in torch: as ``quantkit bench`` opens them, with torchao's weights in the place of dense ones where asked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import quantkit
 from quantkit.generation import Decoder
+from quantkit.opening import open_for_decoding
 from speed.frame import stored_bytes
 from speed.workers.decoding import serve
 
@@ -19,8 +19,9 @@ from speed.workers.decoding import serve
 class TorchProgram:
     """Eager steps and compiled ones, of one model."""
 
-    def __init__(self, model: str, length: int, torchao: str) -> None:
-        self.model = quantkit.load(model)
+    def __init__(self, model: str, length: int, torchao: str, dtype: str) -> None:
+        self.model, notes = open_for_decoding(model, device="cpu", dtype=dtype)
+        assert not notes, notes
         if torchao != "none":
             put_torchao(self.model, torchao)
         self.decoders = {compiled: Decoder(self.model, length, compiled=compiled) for compiled in (False, True)}
@@ -61,7 +62,7 @@ def put_torchao(model: nn.Module, kind: str) -> None:
 def read_bytes(model: nn.Module) -> int:
     """Of the weights that a step reads: all, of an embedding that is no head only one row."""
     total = 0
-    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    head = model.get_output_embeddings()._parameters.get("weight")  # type: ignore[operator]
     for module in model.modules():
         size = stored_bytes(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
         if isinstance(module, nn.Embedding):
@@ -72,4 +73,4 @@ def read_bytes(model: nn.Module) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[4]))
-    serve(TorchProgram(sys.argv[2], int(sys.argv[3]), sys.argv[5]))
+    serve(TorchProgram(sys.argv[2], int(sys.argv[3]), *sys.argv[5:]))
