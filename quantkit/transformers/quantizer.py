@@ -90,7 +90,7 @@ class QuantkitQuantizer(HfQuantizer):
     def update_weight_conversions(
         self,
         weight_conversions: list[Any],
-        model: PreTrainedModel | None = None,  # noqa: ARG002 - not given before transformers 5.23
+        model: PreTrainedModel | None = None,  # noqa: ARG002 - not given by transformers 5.17 to 5.19
     ) -> list[Any]:
         """Experts that stand one by one are not stacked on loading, only renamed."""
         if not self._split_leaves:
