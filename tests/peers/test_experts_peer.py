@@ -15,6 +15,7 @@ from families import MOE_FAMILIES, VOCAB, save_tiny
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.verify import verify
 
 pytestmark = pytest.mark.peer
 
@@ -70,5 +71,14 @@ def test_what_it_cannot_load_is_said_before(recipe: dict[str, Any], tmp_path: Pa
     model = save_tiny("mixtral", tmp_path / "model")
     report = quantkit.quantize(model, tmp_path / "q", recipe={**recipe, "method": "rtn"}).report
     assert any("transformers 5.23.0: takes all experts as quantized" in note for note in report["notes"])
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        logits_of(tmp_path / "q")
+
+
+def test_experts_with_8_bit_activations_are_refused_and_it_is_said_before(tmp_path: Path) -> None:
+    model = save_tiny("mixtral", tmp_path / "model")
+    quantkit.quantize(model, tmp_path / "q", recipe={"scheme": "w8a8", "method": "rtn"})
+    found = {finding.code for finding in verify(tmp_path / "q", target="transformers").findings}
+    assert "transformers-int8-experts" in found
     with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
         logits_of(tmp_path / "q")
