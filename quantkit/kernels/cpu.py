@@ -171,7 +171,8 @@ class _Int8:
 
     Packed tensors:
         weight_packed: int8 [out, in], the codes minus the symmetric zero point.
-        channel_scale: bfloat16 [out].
+        channel_scale: bfloat16 [out]. The operator reads no other, so scales of another dtype are rounded: by up to
+            2^-9 of a whole row, where the rounded weights of a dense layer err both ways.
     """
 
     dense_from: ClassVar[int] = _INT8_DENSE_FROM
