@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from families import save_tiny
-from peer_programs import TEXT
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import quantkit
+from quantkit.builtin_text import builtin_documents
 from quantkit.formats import FORMATS
 
 # Sizes that every client takes: vLLM wants heads of 32 or more, and its kernels columns in whole groups of 128.
@@ -103,9 +103,11 @@ class Checkpoints:
     root: Path
 
     def ids(self, model: str) -> list[int]:
-        """64 token ids: of a text, or random ones for a random model."""
+        """Token ids: 64 random ones for a random model; 512 of a text for a trained one, whose tokens differ more."""
         if model == SMOLLM2:
-            found: list[int] = AutoTokenizer.from_pretrained(self.source(model))(TEXT * 2)["input_ids"][:64]
+            text = "\n".join(builtin_documents("evaluation")[:20])
+            found: list[int] = AutoTokenizer.from_pretrained(self.source(model))(text)["input_ids"][:512]
+            assert len(found) == 512
             return found
         return _random_ids(64, seed=1).tolist()
 

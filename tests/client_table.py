@@ -16,7 +16,7 @@ PAGE = REPOSITORY / "docs" / "formats-and-loaders.md"
 BEGIN, END = "<!-- clients: begin -->\n", "<!-- clients: end -->\n"
 
 Outcome = dict[str, Any]
-"""``{"nll": ..., "mean": ...}``, or ``{"refused": ...}``."""
+"""``{"nll": ..., "mean": ...}``, with ``rounding`` what bfloat16 changed of quantkit's own; or ``{"refused": ...}``."""
 
 
 def record(client: str, versions: Mapping[str, str], cases: Mapping[str, Mapping[str, Outcome]]) -> None:

@@ -71,7 +71,8 @@ if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
 
 def open_model(path):
     return LLM(
-        path, dtype="bfloat16", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True, disable_log_stats=True
+        path, dtype="bfloat16", enforce_eager=True, max_model_len=len(work[path]) + 1, skip_tokenizer_init=True,
+        disable_log_stats=True,
     )
 
 def logprobs(model, ids):
@@ -164,9 +165,9 @@ def ask(client: Client, work: Mapping[str, Sequence[int]], directory: Path) -> A
     return Answers(log_probabilities(said), words_after("REFUSED", said), words_after("VERSION", said))
 
 
-def own_logprobs(path: Path, ids: Sequence[int]) -> Tensor:
-    """quantkit's own, in bfloat16."""
-    model = quantkit.load(path, dtype="bfloat16")
+def own_logprobs(path: Path, ids: Sequence[int], dtype: str = "bfloat16") -> Tensor:
+    """quantkit's own."""
+    model = quantkit.load(path, dtype=dtype)
     with torch.no_grad():
         found = torch.log_softmax(model(torch.tensor([list(ids)])).logits[0].float(), -1)
     return found[:-1].gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]

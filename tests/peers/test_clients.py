@@ -1,9 +1,9 @@
 """What quantkit writes, loaded and run by the real programs: their log-probabilities are quantkit's own.
 
 Every checkpoint of client_cases.py in every client that reads its format: make test-clients. What a client does with
-it is said before by ``quantkit verify --target``: where that finds no error, the log-probabilities of 64 fixed tokens
-equal quantkit's within the bounds for bfloat16; where it finds one, the client refuses, or gives others. A checkpoint
-with wrong scales exceeds the bounds.
+it is said before by ``quantkit verify --target``: where that finds no error, the log-probabilities of fixed tokens (64,
+and 512 of SmolLM2) equal quantkit's within the bounds for bfloat16; where it finds one, the client refuses, or gives
+others. A checkpoint with wrong scales exceeds the bounds.
 
 QUANTKIT_SMOLLM2 names the model that evals/smollm2/prepare.py writes. With QUANTKIT_CLIENTS_TABLE=1, what was measured
 goes to clients.json and to the table in docs/formats-and-loaders.md.
@@ -27,6 +27,9 @@ from quantkit.verify import verify
 
 pytestmark = pytest.mark.peer
 
+# Programs that round to bfloat16, each in its way, differ by sqrt(2) times what one of them differs from float32, and
+# no less can be asked. Of SmolLM2 rounded to nearest the one is 0.046 with 4 bits and 0.247 with W8A8.
+OWN_ROUNDING = 1.5
 # Activations are rounded in bfloat16 there, in float32 here; on a trained model, and on random ones.
 INT8_BOUNDS, INT8_RANDOM_BOUNDS = (0.03, 0.25), (0.03, 0.1)
 CASES = [
@@ -67,8 +70,11 @@ class Session:
         if key in answers.refused:
             found: Outcome = {"refused": answers.refused[key]}
         else:
-            ours, theirs = own_logprobs(intended, self.checkpoints.ids(model)), answers.logprobs[key]
+            ids = self.checkpoints.ids(model)
+            ours, theirs = own_logprobs(intended, ids), answers.logprobs[key]
             found = {"nll": float(ours.mean() - theirs.mean()), "mean": float((ours - theirs).abs().mean())}
+            if model == SMOLLM2:
+                found["rounding"] = float((ours - own_logprobs(intended, ids, "float32")).abs().mean())
         self.outcomes.setdefault(client.name, {}).setdefault(model, {})[recipe] = found
         return found
 
@@ -107,6 +113,8 @@ def is_close(found: Outcome, model: str, recipe: str) -> bool:
     nll, mean = (NLL_BOUND, MEAN_BOUND)
     if "w8a8" in recipe:
         nll, mean = INT8_BOUNDS if model == SMOLLM2 else INT8_RANDOM_BOUNDS
+    if "rounding" in found:
+        mean = max(mean, OWN_ROUNDING * found["rounding"])
     return "refused" not in found and abs(found["nll"]) < nll and found["mean"] < mean
 
 
