@@ -10,8 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 2**22  # bytes

@@ -35,8 +35,9 @@ GOLDEN: dict[str, tuple[dict[str, Any], float, float]] = {
 # Rounding to nearest depends on no sum. Elsewhere a sum in another order moves a code now and then, and GPTQ everything
 # after it: with ATEN_CPU_CAPABILITY=avx2, and with =default, ONEDNN_MAX_CPU_ISA=AVX2 and MKL_CBWR=COMPATIBLE together,
 # divergences moved by up to 5.4 % and perplexities by up to 0.7 %. Twice that is allowed. A method that does nothing
-# doubles the divergence.
+# doubles the divergence. On an AMD Zen 3 the perplexity at 2 bits moved by 1.6 %, and nothing else by more than before.
 KL_TOLERANCE, PERPLEXITY_TOLERANCE = 0.11, 0.015
+PERPLEXITY_TOLERANCES = {"w2 refitted": 0.032}
 EXACT = {"w4 rtn"}
 
 
@@ -61,7 +62,8 @@ def test_golden_run(name: str, scores: dict[str, ModelScore]) -> None:
     _, perplexity, kl = GOLDEN[name]
     found = scores[name]
     assert found.kl == pytest.approx(kl, rel=1e-3 if name in EXACT else KL_TOLERANCE)
-    assert found.perplexity == pytest.approx(perplexity, rel=1e-4 if name in EXACT else PERPLEXITY_TOLERANCE)
+    tolerance = 1e-4 if name in EXACT else PERPLEXITY_TOLERANCES.get(name, PERPLEXITY_TOLERANCE)
+    assert found.perplexity == pytest.approx(perplexity, rel=tolerance)
 
 
 def test_the_order_of_the_methods(scores: dict[str, ModelScore]) -> None:
