@@ -42,9 +42,8 @@ def step_logits(model: Any) -> Tensor:
 def bytes_without_addresses(model: Any) -> int:
     """What a token reads of the weights; each product of cpu_jit has a few addresses besides."""
     calls = [(name, module._buffers.get("call")) for name, module in model.named_modules()]
-    return weight_bytes(model) - round(
-        sum(call.nbytes * _share(model, name) for name, call in calls if call is not None)
-    )
+    addresses: float = sum(call.nbytes * _share(model, name) for name, call in calls if call is not None)
+    return weight_bytes(model) - round(addresses)
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
