@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 2**22  # bytes
 _MADV_HUGEPAGE = 14  # mman.h of Linux

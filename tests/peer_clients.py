@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peer_programs import log_probabilities, run, words_after
+from peer_programs import TEXT, log_probabilities, run, words_after
 from torch import Tensor
 
 import quantkit
+from quantkit.source import BUILTIN_PATH, open_tokenizer
 
 # Each script is given a JSON file {directory: token ids} and the packages whose versions it tells.
 _HEAD = """
@@ -141,6 +142,12 @@ CLIENTS = (
     ),
     GPTQMODEL,
 )
+
+
+def builtin_ids() -> list[int]:
+    """At most 64 token ids of a text, for the embedded model."""
+    found: list[int] = open_tokenizer(BUILTIN_PATH)(TEXT)["input_ids"][:64]
+    return found
 
 
 @dataclass(frozen=True)

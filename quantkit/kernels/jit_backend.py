@@ -16,7 +16,7 @@ from quantkit.kernels.jit_check import why_not_here
 from quantkit.kernels.jit_op import panels_linear
 from quantkit.kernels.jit_step import layer_call, step
 from quantkit.kernels.jit_targets import TARGETS, chosen_target
-from quantkit.kernels.order import in_order, out_of_order
+from quantkit.kernels.order import UNEVEN, in_order, out_of_order, reordered
 from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
 
@@ -52,7 +52,7 @@ class JitBackend:
         if spec.dtype not in _DTYPES:
             return f"activations of {spec.dtype}; its kernels take bfloat16, float16 and float32"
         if spec.uneven_groups:
-            return "a g_idx that gives some groups more columns than others; it takes groups of one size"
+            return UNEVEN
         why = spec.scheme.why_not(spec.in_features)
         if why is not None:
             return why
@@ -82,8 +82,7 @@ class JitBackend:
         if call is None or flat.shape[0] != 1 or torch.compiler.is_exporting():
             y = panels_linear(flat, words, scale, zeros, order, spec.scheme.bits, spec.out_features)
         else:
-            row = flat.contiguous() if order is None else flat.index_select(1, order)
-            y = step(row, scale, zeros, call)[:, : spec.out_features]
+            y = step(reordered(flat, order).contiguous(), scale, zeros, call)[:, : spec.out_features]
         return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
 from quantkit.kernels.jit import dense, multiplies_bfloat16, product
+from quantkit.kernels.order import reordered
 from quantkit.kernels.panels import PANEL
 
 # From so many rows of bfloat16 x on, where pairs of them are multiplied by the processor, dequantizing for a dense
@@ -43,7 +44,7 @@ def panels_linear(
 def _product(
     x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
 ) -> Tensor:
-    x = x.contiguous() if order is None else x.index_select(1, order)
+    x = reordered(x, order).contiguous()
     if x.shape[0] < _DENSE_FROM or not multiplies_bfloat16(x.dtype):
         return product(x, words, scale, zeros, bits, out_features)
     return _dense(x, words, scale, zeros, bits, out_features)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from quantkit.qtensor import QuantizedTensor
 
+UNEVEN = "a g_idx that gives some groups more columns than others; it takes groups of one size"
+"""Why a backend that makes groups contiguous refuses a layer."""
+
 
 def column_order(g_idx: Tensor) -> Tensor:
     """int32 [in]: the column behind each place, by group; those of one group in their order."""
@@ -27,6 +30,11 @@ def in_order(q: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
         return q.codes, None
     order = column_order(q.g_idx)
     return q.codes.index_select(1, order), order
+
+
+def reordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """Activations [tokens, in] with the columns that codes in this order multiply; None: as they are."""
+    return x if order is None else x.index_select(1, order)
 
 
 def out_of_order(codes: Tensor, order: Tensor, columns_per_group: int) -> tuple[Tensor, Tensor]:

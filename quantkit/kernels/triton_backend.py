@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.base import LinearSpec, check_weight, middle_zero_point
-from quantkit.kernels.order import in_order, out_of_order
+from quantkit.kernels.order import UNEVEN, in_order, out_of_order
 from quantkit.kernels.planes import (
     COLUMNS,
     ROWS,
@@ -68,7 +68,7 @@ class TritonBackend:
         ):
             return "a weight of 2**31 words or more; it indexes with 32-bit integers"
         if spec.uneven_groups:
-            return "a g_idx that gives some groups more columns than others; it takes groups of one size"
+            return UNEVEN
         return spec.scheme.why_not(spec.in_features) or why_not_group(spec.scheme.group_size)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:

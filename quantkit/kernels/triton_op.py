@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.kernels.base import row_blocks
+from quantkit.kernels.order import reordered
 from quantkit.kernels.planes import ROWS, num_planes
 from quantkit.kernels.tiles import MOST_TOKENS
 
@@ -56,8 +57,7 @@ def planes_linear(
     tokens, in_features = x.shape
     if tokens == 0:
         return x.new_empty(0, out_features)
-    if order is not None:
-        x = x.index_select(1, order)
+    x = reordered(x, order)
     if tokens <= MOST_TOKENS:
         shape = (out_features, in_features)
         tile, splits = triton_launch.choice_on(x.device, x.dtype, tokens, shape, bits, group, zeros is None)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peer_clients import VLLM, Answers, ask, own_logprobs
-from peer_programs import TEXT, assert_close, interpreter
+from peer_clients import VLLM, Answers, ask, builtin_ids, own_logprobs
+from peer_programs import assert_close, interpreter
 
 import quantkit
-from quantkit.source import BUILTIN_PATH, open_tokenizer
 
 pytestmark = pytest.mark.peer
 
@@ -50,8 +49,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ids() -> list[int]:
-    found: list[int] = open_tokenizer(BUILTIN_PATH)(TEXT)["input_ids"][:64]
-    return found
+    return builtin_ids()
 
 
 @pytest.fixture(scope="module")
