@@ -11,6 +11,8 @@ from quantkit.kernels.shipped import Variant
 
 _W4 = {8: 2.0, 16: 2.3}  # by the most rows of x of a program
 _W8 = 3.0
+_OVER_FLOOR = 1.05  # predicted time over the time to read codes, scales and zero points once
+_OVER_FLOOR_W3 = 1.11  # five codes in 16 bits are 1.067 of 3 bits; slots of scales and filled up rows are the rest
 
 # Above those, thread-instructions a weight by compute capability: as measured with Triton 3.7.1, in full thousandths.
 #
@@ -44,6 +46,11 @@ def most_instructions(variant: Variant) -> float:
     """Thread-instructions a weight."""
     limit = _W8 if variant.bits == 8 else _W4[variant.max_m]
     return EXCEPTIONS.get(stem(variant), {}).get(variant.cc, limit)
+
+
+def most_over_floor(variant: Variant) -> float:
+    """Predicted time over the time to read the weight once."""
+    return _OVER_FLOOR_W3 if variant.bits == 3 else _OVER_FLOOR
 
 
 def budget(variant: Variant) -> float:

@@ -2,13 +2,13 @@
 
 A 16-bit word holds one column's codes of ``planes = 16 // bits`` rows that lie 16 apart, the first in the low bits.
 So 16 rows of words are ``planes`` tiles of 16 rows of codes, which is what a tensor core multiplies at one time, and
-one mask takes a tile out. Codes of 3 bits take 4, of 5 to 7 bits 8. Pure functions of tensors.
+one mask takes a tile out. Five codes of 3 bits share a word; codes of 5 to 7 bits take 8. Pure functions of tensors.
 
     words   int16 [units, atoms, 16, 64]   unit: 16 * planes rows; atom: 64 columns, 2 KB together in memory
-    scale   [groups, 16 * units, planes]   the scales of a row of words together
+    scale   [groups, 16 * units, slots]    the scales of a row of words together; slots: planes, up to a power of two
     zeros   int32 [ceil(groups / 2), 16 * units]   packed as words are; an even group in the low half, the next above
 
-Rows and columns that do not fill a unit or an atom have code 0; rows that fill one, scale 0.
+Rows and columns that do not fill a unit or an atom have code 0; rows and slots that fill one, scale 0.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ _UNITS_AT_ONCE = 1 << 22  # words packed at one time: bounds the working copies
 
 
 def stored_bits(bits: int) -> int:
-    """Bits that a code of ``bits`` takes in a word: 2, 4 or 8."""
-    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+    """Bits that a code of ``bits`` takes in a word: 2, 3, 4 or 8."""
+    return max(bits, 2) if bits <= 4 else 8
 
 
 def num_planes(bits: int) -> int:
     """Rows whose codes share a word."""
     return _WORD // stored_bits(bits)
+
+
+def num_slots(bits: int) -> int:
+    """Scales that a row of words has in the packed form: one for each plane, filled up to a power of two."""
+    return 1 << (num_planes(bits) - 1).bit_length()
 
 
 def num_units(out_features: int, bits: int) -> int:
@@ -70,17 +75,20 @@ def unpack_words(words: Tensor, bits: int, out_features: int, in_features: int) 
 
 
 def pack_scale(scale: Tensor, bits: int, repeats: int, groups: int) -> Tensor:
-    """[out, g] -> [groups, 16 * units, planes]: every column ``repeats`` times, then zeros up to ``groups``."""
+    """[out, g] -> [groups, 16 * units, slots]: every column ``repeats`` times, then zeros up to ``groups``."""
     planes, units = num_planes(bits), num_units(scale.shape[0], bits)
     wide = scale.repeat_interleave(repeats, 1)
     wide = pad(wide, (0, groups - wide.shape[1], 0, units * planes * ROWS - wide.shape[0]))
-    return wide.view(units, planes, ROWS, groups).permute(3, 0, 2, 1).reshape(groups, units * ROWS, planes).contiguous()
+    rows = wide.view(units, planes, ROWS, groups).permute(3, 0, 2, 1).reshape(groups, units * ROWS, planes)
+    return pad(rows, (0, num_slots(bits) - planes)).contiguous()
 
 
-def unpack_scale(packed: Tensor, repeats: int, out_features: int, columns: int) -> Tensor:
+def unpack_scale(packed: Tensor, bits: int, repeats: int, out_features: int, columns: int) -> Tensor:
     """The inverse of :func:`pack_scale`: [out, columns]."""
-    groups, rows, planes = packed.shape
-    wide = packed.view(groups, rows // ROWS, ROWS, planes).permute(1, 3, 2, 0).reshape(rows * planes, groups)
+    planes = num_planes(bits)
+    groups, rows, slots = packed.shape
+    each = packed.view(groups, rows // ROWS, ROWS, slots)[..., :planes]
+    wide = each.permute(1, 3, 2, 0).reshape(rows * planes, groups)
     return wide[:out_features, : columns * repeats : repeats].contiguous()
 
 

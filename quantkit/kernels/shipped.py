@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.kernels.planes import COLUMNS, ROWS, num_atoms, num_planes, num_units
+from quantkit.kernels.planes import COLUMNS, ROWS, num_atoms, num_planes, num_slots, num_units
 from quantkit.kernels.tiles import SMS, Tile, choose_splits, choose_tile, kernel_group, trips_of
 
 _SIZE = 4096
@@ -80,7 +80,7 @@ class Variant:
         group = kernel_group(self.group_size)
         groups = columns // group if group else 1
         words = units * ROWS * columns * 2
-        scale = units * ROWS * num_planes(self.bits) * groups * 2
+        scale = units * ROWS * num_slots(self.bits) * groups * 2
         zeros = 0 if self.symmetric else units * ROWS * -(-groups // 2) * 4
         return (words + scale + zeros) / (_SIZE * self.in_features)
 

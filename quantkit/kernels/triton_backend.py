@@ -114,7 +114,7 @@ class TritonBackend:
         bits, rows, columns = spec.scheme.bits, spec.out_features, spec.scheme.num_groups(spec.in_features)
         _, repeats, _ = _grouping(spec)
         codes = unpack_words(packed["words"], bits, rows, spec.in_features)
-        scale = unpack_scale(packed["scale"], repeats, rows, columns)
+        scale = unpack_scale(packed["scale"], bits, repeats, rows, columns)
         if spec.scheme.symmetric:
             zero_point = middle_zero_point(scale, spec.scheme)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from quantkit.kernels.planes import COLUMNS, ROWS, num_planes, stored_bits
+from quantkit.kernels.planes import COLUMNS, ROWS, num_planes, num_slots, stored_bits
 from quantkit.kernels.tiles import Tile, choose_splits, choose_tile, trips_of
 from quantkit.kernels.triton_matvec import dense_kernel, matvec_kernel
 from quantkit.kernels.tuned import Product, lookup
@@ -36,6 +36,7 @@ def variant(
     return {
         "BITS": width,
         "PLANES": num_planes(bits),
+        "SLOTS": num_slots(bits),
         "WINDOW": max(_MANTISSA[magic] // width, 1),
         "MAGIC": magic,
         "OFFSET": _OFFSET[magic] * (2 if two_parts else 1),
@@ -136,8 +137,8 @@ def dense(
     dense_kernel[(-(-(stop - start) // unit_rows), columns // _DENSE_COLUMNS)](
         words, scale, zeros, out, stop - start, in_features, start // unit_rows, units, atoms,
         (group or columns) // _DENSE_COLUMNS,
-        BITS=stored_bits(bits), PLANES=num_planes(bits), MID=1 << (bits - 1), SYMMETRIC=zeros is None,
-        TILE_K=_DENSE_COLUMNS, num_warps=2,
+        BITS=stored_bits(bits), PLANES=num_planes(bits), SLOTS=num_slots(bits), MID=1 << (bits - 1),
+        SYMMETRIC=zeros is None, TILE_K=_DENSE_COLUMNS, num_warps=2,
     )  # fmt: skip
     return out
 

@@ -63,17 +63,17 @@ def _dot(a, b, sums, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _columns(t, ROWS: tl.constexpr, PLANES: tl.constexpr):
-    """The columns of [ROWS, PLANES] as a tuple of float32 [ROWS]."""
-    if PLANES == 2:
+def _columns(t, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """The columns of [ROWS, SLOTS] as a tuple of float32 [ROWS]."""
+    if SLOTS == 2:
         a, b = tl.split(t)
         return a.to(tl.float32), b.to(tl.float32)
     else:
-        even, odd = tl.split(tl.reshape(t, (ROWS, PLANES // 2, 2)))
-        evens = _columns(even, ROWS, PLANES // 2)
-        odds = _columns(odd, ROWS, PLANES // 2)
+        even, odd = tl.split(tl.reshape(t, (ROWS, SLOTS // 2, 2)))
+        evens = _columns(even, ROWS, SLOTS // 2)
+        odds = _columns(odd, ROWS, SLOTS // 2)
         out = ()
-        for j in tl.static_range(PLANES // 2):
+        for j in tl.static_range(SLOTS // 2):
             out = out + (evens[j], odds[j])
         return out
 
@@ -97,6 +97,7 @@ def matvec_kernel(
     num_trips,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
+    SLOTS: tl.constexpr,
     WINDOW: tl.constexpr,
     MAGIC: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -122,7 +123,7 @@ def matvec_kernel(
     Args:
         x: DTYPE [M, >= 64 * k_atoms], rows ``stride_x`` apart, 16-byte aligned; columns beyond the weight's are 0.
         words: int16 [units, k_atoms, 16, 64].
-        scale: [groups, 16 * units, PLANES], one group where not GROUPED; a group is REPEAT * TILE_K columns.
+        scale: [groups, 16 * units, SLOTS], one group where not GROUPED; a group is REPEAT * TILE_K columns.
         zeros: int32 [ceil(groups / 2), 16 * units], zero points of an even group in the low half; asymmetric only.
         bias: [N].
         y: [M, N].
@@ -147,12 +148,12 @@ def matvec_kernel(
     x_ptr = x + token[None, :] * stride_x + k[:, None] + first * (TILES * TILE_K)
     x_mask = (token < M)[None, :]
     scale_row = held * 16 + row % 16
-    plane = tl.arange(0, PLANES)
-    s_ptr = scale + scale_row[:, None] * PLANES + plane[None, :]
+    slot_of = tl.arange(0, SLOTS)
+    s_ptr = scale + scale_row[:, None] * SLOTS + slot_of[None, :]
     group_stride = units * 16
     STEPPING: tl.constexpr = GROUPED and TILES > 1 and REPEAT == 1  # a group a tile: the pointer steps
     if STEPPING:
-        s_ptr += first * (TILES * group_stride * PLANES)
+        s_ptr += first * (TILES * group_stride * SLOTS)
     base = -(OFFSET + MID * UNIT) if SYMMETRIC else 1.0
     ones = tl.full((ROWS, TILE_K), base, DTYPE)
 
@@ -166,8 +167,8 @@ def matvec_kernel(
             xt = tl.load(x_ptr + t * TILE_K, mask=x_mask, other=0.0)
             if GROUPED:
                 index = (trip * TILES + t) // REPEAT
-                s_at = s_ptr + (t if STEPPING else index) * (group_stride * PLANES)
-                group = _columns(tl.load(s_at), ROWS, PLANES)
+                s_at = s_ptr + (t if STEPPING else index) * (group_stride * SLOTS)
+                group = _columns(tl.load(s_at), ROWS, SLOTS)
                 if not SYMMETRIC:
                     if PAIRED:
                         if t % 2 == 0:
@@ -196,10 +197,10 @@ def matvec_kernel(
         w_ptr += (TILES * TILE_K // 64) * 1024
         x_ptr += TILES * TILE_K
         if STEPPING:
-            s_ptr += TILES * group_stride * PLANES
+            s_ptr += TILES * group_stride * SLOTS
 
     if not GROUPED:
-        group = _columns(tl.load(s_ptr), ROWS, PLANES)
+        group = _columns(tl.load(s_ptr), ROWS, SLOTS)
         if not SYMMETRIC:
             zero = tl.load(zeros + scale_row)
         new = ()
@@ -276,6 +277,7 @@ def dense_kernel(
     group_tiles,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
+    SLOTS: tl.constexpr,
     MID: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -304,7 +306,7 @@ def dense_kernel(
         else:
             packed = tl.load(zeros + (group // 2) * (units * 16) + unit * 16 + row) >> ((group % 2) * 16)
             zero = (packed >> (j * BITS)) & ((1 << BITS) - 1)
-        s = tl.load(scale + scale_row * PLANES + j).to(tl.float32)
+        s = tl.load(scale + scale_row * SLOTS + j).to(tl.float32)
         value = (code - zero[:, None]).to(tl.float32) * s[:, None]
         n = out_unit * (16 * PLANES) + 16 * j + row
         where = n[:, None].to(tl.int64) * K + k[None, :]

@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = {SUBNORMAL: torch.float16, MAGIC_FLOAT16: torch.float16, MAGIC_BFLOAT16: torch.bfloat16}
 FORMS = [
     pytest.param(bits, magic, id=f"w{bits}-{name}")
-    for bits in (2, 4, 8)
+    for bits in (2, 3, 4, 8)
     for name, magic in (("subnormal", SUBNORMAL), ("magic_fp16", MAGIC_FLOAT16), ("bf16", MAGIC_BFLOAT16))
 ]
 WORDS = torch.arange(1 << 16)
@@ -214,7 +214,7 @@ def test_the_middle_of_a_symmetric_grid_goes_out_with_the_sum_of_x(bits: int, ma
         assert abs(float(found) - float(exact)) <= abs(float(exact)) * 2.0**-24
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_planes_hold_every_code_in_every_place(bits: int) -> None:
     """One code at a time in each row of a unit; its word has that plane's bits and no other."""
     planes, every = 16 // bits, torch.arange(1 << bits, dtype=torch.uint8)

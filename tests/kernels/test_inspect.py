@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine_code_limits import EXCEPTIONS, PUBLISHED, SPILLS, Published, budget, most_instructions, stem
+from machine_code_limits import (
+    EXCEPTIONS,
+    PUBLISHED,
+    SPILLS,
+    Published,
+    budget,
+    most_instructions,
+    most_over_floor,
+    stem,
+)
 
 from quantkit.errors import InputError, KernelError
 from quantkit.kernels.inspect import chosen, description, inspect, main
@@ -25,6 +34,7 @@ GATED = (
     "w4a16_g128_sym_bfloat16_m8",
     "w4a16_g128_sym_float16_m16",
     "w8a16_channel_sym_float16_m8",
+    "w3a16_g128_sym_float16_m8",
 )
 Finding = dict[str, Any]
 
@@ -69,7 +79,7 @@ def failures(variant: Variant, finding: Finding) -> list[str]:
         "as many weights a trip as said": least <= tensor <= least * 1.75,
         "few instructions": finding["instructions_per_weight"] <= most_instructions(variant),
         "they cost no time": variant.cc not in (80, 90) or finding["instructions_per_weight"] <= budget(variant),
-        "on the floor": variant.cc not in (80, 90) or finding["over_floor"] <= 1.05,
+        "on the floor": variant.cc not in (80, 90) or finding["over_floor"] <= most_over_floor(variant),
     }
     return [f"{variant.name}: {what}" for what, is_held in held.items() if not is_held]
 
@@ -88,14 +98,20 @@ class TestGate:
             assert failures(variant, dumped[0][name]) == []
 
     def test_predicted_time_is_the_floor(self, dumped: tuple[dict[str, Finding], Path]) -> None:
-        assert {name: f["over_floor"] for name, f in dumped[0].items() if f["over_floor"] > 1.05} == {}
+        over = {name: dumped[0][name]["over_floor"] / most_over_floor(v) for name, v in variants(*GATED).items()}
+        assert {name: ratio for name, ratio in over.items() if ratio > 1} == {}
 
     def test_what_was_reached_stays(self, dumped: tuple[dict[str, Finding], Path]) -> None:
         """Closer than the gate, so that a change that costs instructions is seen. Triton 3.7.1."""
-        reached = {"g128_sym_float16_m8": 1.35, "g128_asym_float16_m8": 1.55, "g128_sym_float16_m16": 1.65}
-        for part, most in reached.items():
+        reached = {
+            "w4a16_g128_sym_float16_m8": 1.35,
+            "w4a16_g128_asym_float16_m8": 1.55,
+            "w4a16_g128_sym_float16_m16": 1.65,
+            "w3a16_g128_sym_float16_m8": 1.25,
+        }
+        for name, most in reached.items():
             for cc in (80, 90):
-                assert dumped[0][f"w4a16_{part}_sm{cc}"]["instructions_per_weight"] <= most
+                assert dumped[0][f"{name}_sm{cc}"]["instructions_per_weight"] <= most
 
     @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published["name"])
     def test_published_kernels_stay_behind(self, dumped: tuple[dict[str, Finding], Path], published: Published) -> None:
@@ -179,7 +195,8 @@ def test_bytes_of_the_packed_form() -> None:
     variant = Variant(4, 8, "float16", False, 128, 90)
     assert variant.bytes_per_weight == variant.floor_bytes_per_weight == (4 + 20 / 128) / 8
     three = Variant(3, 8, "float16", True, 128, 90)
-    assert three.bytes_per_weight == (4 + 16 / 128) / 8  # codes of 3 bits take 4
+    word_rows = 52 * 16  # units of 80 rows that hold 4096, with five codes in a word and eight slots of scales
+    assert three.bytes_per_weight == word_rows * (4096 + 8 * 32) * 2 / 4096**2
 
 
 def test_a_pattern_that_names_nothing() -> None:

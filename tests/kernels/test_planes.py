@@ -26,7 +26,7 @@ def test_scales_and_zero_points_are_undone(bits: int, rows: int, columns: int, r
     scale = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1))
     groups = columns * repeats + more
     packed = planes.pack_scale(scale, bits, repeats, groups)
-    assert torch.equal(planes.unpack_scale(packed, repeats, rows, columns), scale)
+    assert torch.equal(planes.unpack_scale(packed, bits, repeats, rows, columns), scale)
     assert packed.is_contiguous()  # a view with other strides would be read wrongly by a kernel
     assert packed.count_nonzero() == scale.count_nonzero() * repeats
     zeros = planes.pack_zeros(zero_point, bits, repeats, groups)
@@ -42,6 +42,27 @@ def test_a_word_written_from_the_definition() -> None:
     assert list(words.shape) == [1, 2, 16, 64]
     assert int(words[0, 1, 5, 6]) & 0xFFFF == 0xFA03
     assert words.count_nonzero() == 1
+
+
+def test_a_word_of_3_bits_written_from_the_definition() -> None:
+    """Row 5 + 16 j of a W3 weight is in unit 0, plane j, row 5: five codes in 15 bits."""
+    codes = torch.zeros(81, 64, dtype=torch.uint8)
+    for plane, code in enumerate((1, 2, 3, 4, 7)):
+        codes[5 + 16 * plane, 9] = code
+    codes[80, 0] = 6
+    words = planes.pack_words(codes, 3)
+    assert list(words.shape) == [2, 1, 16, 64]
+    assert int(words[0, 0, 5, 9]) == 1 | 2 << 3 | 3 << 6 | 4 << 9 | 7 << 12
+    assert int(words[1, 0, 0, 0]) == 6
+    assert words.count_nonzero() == 2
+
+
+def test_five_scales_take_eight_slots() -> None:
+    """They are 16 bytes of 16 bits each, one copy; the last three are 0."""
+    scale = torch.arange(1.0, 81.0, dtype=torch.float16)[:, None]
+    packed = planes.pack_scale(scale, 3, 1, 1)
+    assert list(packed.shape) == [1, 16, 8]
+    assert packed[0, 5].tolist() == [6.0, 22.0, 38.0, 54.0, 70.0, 0.0, 0.0, 0.0]
 
 
 def test_zero_points_of_two_groups_share_a_word() -> None:

@@ -112,6 +112,7 @@ def test_any_shape_and_scheme(q: QuantizedTensor, dtype: torch.dtype, tokens: in
         QuantScheme(8, None),
         QuantScheme(8, 128, symmetric=False),
         QuantScheme(3, 32),
+        QuantScheme(3, 64, symmetric=False),
         QuantScheme(2, 128, symmetric=False),
     ],
     ids=str,
@@ -123,7 +124,9 @@ def test_error_is_at_most_twice_torchs_own(scheme: QuantScheme, tokens: int, dty
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 128), QuantScheme(8, None), QuantScheme(2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(4, 128), QuantScheme(8, None), QuantScheme(3, 128), QuantScheme(2, 64)], ids=str
+)
 def test_the_safe_form_of_float16(scheme: QuantScheme, symmetric: bool) -> None:
     q = random_weight(QuantScheme(scheme.bits, scheme.group_size, symmetric=symmetric), 150, 256, dtype=F16)
     x = normal(3, 256, dtype=F16)
