@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.source import resolve_model
 
 EVALS = Path(__file__).resolve().parent.parent / "evals"
 
@@ -135,6 +137,44 @@ def test_runs_of_another_model_by_the_same_name_do_not_count() -> None:
     assert runs_of(results, "m", about) == {"k": 1}
     assert runs_of(results, "m", {**about, "model_sha256": "b"}) == {}
     assert runs_of(results, "other", about) == {}
+
+
+def test_cpu_times_of_another_processor_are_marked() -> None:
+    from quality.study import machine_marks, render
+
+    def run(cpu: str, perplexity: float) -> dict[str, Any]:
+        score = {"perplexity": perplexity, "stderr": 0.1, "size_bytes": 1e6}
+        cost = {"cpu_seconds": 7, "peak_bytes": 2e6, "surroundings": {"cpu": cpu}}
+        return {**score, **cost, "kl": 0.1, "top1_changed": 0.1, "dense": score}
+
+    runs = {"w4_sym/quantkit/a": run("old", 1), "w4_sym/quantkit/b": run("old", 2), "w4_sym/quantkit/c": run("new", 3)}
+    assert machine_marks(runs.values()) == {"old": "", "new": "\\*"}
+    lines = render({"models": {"m": {"runs": runs}}}).splitlines()
+    assert [line.split("|")[-3].strip() for line in lines if line.startswith("| W4")] == ["7 s", "7 s", "7 s\\*"]
+    assert lines[-1].endswith("only: old, and with \\* new.")
+
+
+def test_pairs_are_scored_as_perplexity_scores_them(tmp_path: Path) -> None:
+    from quality.paired import difference, read_windows, render, score
+
+    model, text = resolve_model("builtin"), tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n}" for n in range(1500)))
+    for bits in (3, 8):
+        quantkit.quantize(model, tmp_path / f"w{bits}", recipe={"scheme": f"w{bits}a16_g64_asym", "method": "rtn"})
+    paths = [tmp_path / "w8", tmp_path / "w3"]
+    windows = list(read_windows(model, text, 3))
+    assert [list(window.shape) for window in windows] == [[1, 512]] * 3
+    found = score(model, paths, windows)
+    half = tmp_path / "second_half.txt"
+    half.write_text(text.read_text()[text.read_text().index("\n", len(text.read_text()) // 2) + 1 :])
+    spec = quantkit.EvalSpec(str(half), sequence_length=512, limit=3)
+    wanted = quantkit.evaluate([str(path) for path in (model, *paths)], spec, dtype="float32").results[1:]
+    for scores, one in zip(found, wanted, strict=True):
+        assert math.exp(sum(scores.nll) / 3) == pytest.approx(one.perplexity, rel=1e-6)
+        assert sum(scores.kl) / 3 == pytest.approx(one.kl, rel=1e-3, abs=1e-6)
+    mean, error = difference(found[1].kl, found[0].kl)
+    assert mean > 5 * error > 0
+    assert f"{mean:+.4f} ± {error:.4f} |\n" in render(paths, found)
 
 
 def test_a_problem_is_drawn_from_its_seed_and_is_one_that_gptq_can_gain_on(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -52,6 +53,7 @@ PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "autoround
 SHIPPED = {"w4_sym": "w4a16-gptq", "w4_asym": "w4a16-gptq-asym", "w3_asym": "w3a16-gptq"}  # in recipes/
 NAMES = {"w4_sym": "w4a16_g64_sym", "w4_asym": "w4a16_g64_asym", "w3_asym": "w3a16_g64_asym"}  # quantkit's
 W8A8_RECIPES = ("rtn", "gptq", "smoothquant-gptq")
+_PLAIN = {**NAMES, "w8a8": "w8a8"}
 _WEIGHT_ONLY = tuple(NAMES)
 
 
@@ -94,7 +96,7 @@ RUNS = (
     *(Run("quantkit", s, "gptq", recipe_options(s)) for s in NAMES),
     *(Run("quantkit", s, "gptq-one-pass", ("--scheme", name)) for s, name in NAMES.items()),  # without a recipe
     *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in W8A8_RECIPES),
-    *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in NAMES.items()),
+    *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in _PLAIN.items()),
 )
 
 
@@ -332,19 +334,28 @@ def _render_model(name: str, entry: dict[str, Any]) -> str:
     heading = ["scheme, program, recipe", "perplexity", "KL, nats", "top-1 changed", "size", "CPU time", "peak memory"]
     size = f"{dense['size_bytes'] / MB:.1f} MB"
     body = [["dense, float32", _perplexity(dense), "", "", size, "", ""]]
+    marks = machine_marks(runs.values())
     for key in sorted(runs, key=lambda key: _order(key, runs[key])):
-        body.append(_row(key, runs[key]))
-    return f"### {name}\n\n{markdown(heading, body)}"
+        body.append(_row(key, runs[key], marks))
+    machines = ", and with ".join(f"{mark} {machine}".strip() for machine, mark in marks.items())
+    return f"### {name}\n\n{markdown(heading, body)}\nCPU time compares on one processor only: {machines}.\n"
+
+
+def machine_marks(runs: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Of each processor, the mark that its CPU times get: none for the one of most runs, then one star, two, ..."""
+    counts = Counter(run["surroundings"]["cpu"] for run in runs)
+    return {machine: "\\*" * index for index, (machine, _) in enumerate(counts.most_common())}
 
 
 def _order(key: str, run: dict[str, Any]) -> tuple[int, float]:
     return list(SCHEMES).index(key.split("/")[0]), run.get("perplexity", float("inf"))
 
 
-def _row(key: str, run: dict[str, Any]) -> list[str]:
+def _row(key: str, run: dict[str, Any], marks: dict[str, str]) -> list[str]:
     scheme, program, *recipe = key.split("/")
     label = f"{SCHEMES[scheme]}, {PEERS.get(program, program)} {' '.join(recipe)}"
-    cost = [f"{run['cpu_seconds']:.0f} s", f"{run['peak_bytes'] / MB:.0f} MB"]
+    mark = marks[run["surroundings"]["cpu"]]
+    cost = [f"{run['cpu_seconds']:.0f} s{mark}", f"{run['peak_bytes'] / MB:.0f} MB"]
     if "failed" in run:
         return [label, "failed", "", "", "", *cost]
     scores = [_perplexity(run), f"{run['kl']:.4f}", f"{run['top1_changed']:.1%}", f"{run['size_bytes'] / MB:.1f} MB"]
