@@ -177,6 +177,23 @@ def test_pairs_are_scored_as_perplexity_scores_them(tmp_path: Path) -> None:
     assert f"{mean:+.4f} ± {error:.4f} |\n" in render(paths, found)
 
 
+def test_the_parts_of_a_solve_make_up_the_whole(tmp_path: Path) -> None:
+    from solver.parts import measure_parts, render_parts
+    from solver.problem import write_problem
+    from solver.study import SCHEME
+
+    write_problem(tmp_path / "problem", 512, 256)
+    drawn = load_file(tmp_path / "problem")
+    parts = measure_parts(drawn["weight"], drawn["hessian"], SCHEME, repeats=3)
+    whole = parts.pop("whole")
+    assert set(parts) == {"factor", "scales", "products", "loop"}
+    assert all(0 < seconds < whole for seconds in parts.values())
+    assert 0.5 * whole < sum(parts.values()) < 1.2 * whole  # medians, each for itself; the rest is copies
+    shares = {"whole": 2.0, "factor": 0.5, "scales": 0.1, "products": 0.3, "loop": 1.0}
+    line = "| 1000x500 | 2.000 s | 0.500 s | 0.100 s | 0.300 s | 1.000 s | 50% | 2000.0 ns |"
+    assert line in render_parts({"1000x500": shares})
+
+
 def test_a_problem_is_drawn_from_its_seed_and_is_one_that_gptq_can_gain_on(tmp_path: Path) -> None:
     from solver.problem import write_problem
     from solver.study import loss

@@ -26,6 +26,7 @@ from table import markdown, replace_results
 from torch import Tensor
 from worker import Worker, running
 
+from solver.parts import measure_parts, render_parts
 from solver.problem import write_problem
 
 HERE = Path(__file__).resolve().parent
@@ -67,12 +68,15 @@ def main() -> None:
     programs = ["quantkit", *(p for p in PEERS if (args.peers / p / "bin" / "python").exists())]
     asked = [(p, o) for p, o in ASKED if p in programs and o in args.options]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"shapes": {}}
-    results["surroundings"] = surroundings()
-    starts = {program: partial(start, program, args.peers) for program in programs}
+    results["parts_surroundings"] = surroundings()
+    if asked:
+        results["surroundings"] = results["parts_surroundings"]
+    starts = {program: partial(start, program, args.peers) for program, _ in asked}
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, running(starts) as workers:
         for shape in args.shape:
-            found = one_shape(shape, asked, workers, args.repeats, Path(directory))
+            found, parts = one_shape(shape, asked, workers, args.repeats, Path(directory))
             results["shapes"].setdefault(shape, {}).update(found)
+            results.setdefault("parts", {})[shape] = parts
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     replace_results(README, render(results))
 
@@ -81,7 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GPTQ's solver alone, against the peers'.")
     parser.add_argument("--peers", type=Path, required=True, help="directory with the peers' environments")
     parser.add_argument("--shape", nargs="*", default=SHAPES, help="out x in")
-    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument(
+        "--options", nargs="*", choices=OPTIONS, default=list(OPTIONS), help="none: the parts of quantkit's solve only"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where problems and solutions go for a while (1 GB)")
     return parser.parse_args()
@@ -89,15 +95,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def one_shape(
     shape: str, asked: list[tuple[str, str]], workers: dict[str, Worker], repeats: int, directory: Path
-) -> dict[str, Any]:
-    """Losses and times of all programs on one problem, asked in turn."""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Losses and times of all programs on one problem, asked in turn; and those of the parts of quantkit's solve."""
     rows, columns = map(int, shape.split("x"))
     problem, output = directory / "problem.safetensors", directory / "solved.safetensors"
     write_problem(problem, rows, columns)
     tensors = load_file(problem)
     answers: dict[str, list[dict[str, Any]]] = {}
     losses: dict[str, float] = {}
-    for _ in range(1 + (repeats if rows * columns < _LARGE else 1)):
+    repeats = repeats if rows * columns < _LARGE else 1
+    for _ in range(1 + repeats):
         for program, options in asked:
             key = f"{program}/{options}"
             answers.setdefault(key, []).append(ask(workers[program], problem, options, output))
@@ -105,7 +112,8 @@ def one_shape(
                 losses[key] = loss(tensors["weight"], load_file(output)["weight"], tensors["hessian"])
             print(f"{shape} {key}: {answers[key][-1]['cpu_seconds']:.3f} s, loss {losses[key]:.6g}", flush=True)
     problem.unlink()
-    return {key: {"loss": losses[key], **_medians(found[1:])} for key, found in answers.items()}
+    found = {key: {"loss": losses[key], **_medians(answer[1:])} for key, answer in answers.items()}
+    return found, measure_parts(tensors["weight"], tensors["hessian"], SCHEME, repeats)
 
 
 def loss(weight: Tensor, solved: Tensor, hessian: Tensor, at_a_time: int = 512) -> float:
@@ -136,7 +144,8 @@ def render(results: dict[str, Any]) -> str:
             row = [f"{shape}, {OPTIONS[options]}", PEERS.get(program, program)]
             row += [f"{value['loss'] / own['loss']:.4f}", f"{value['cpu_seconds']:.3f} s"]
             body.append([*row, f"{value['cpu_seconds'] / own['cpu_seconds']:.2f}"])
-    return f"{markdown(heading, body)}\n{about(results['surroundings'])}\n"
+    parts = f"{render_parts(results['parts'])}\n{about(results['parts_surroundings'])}\n" if "parts" in results else ""
+    return f"{markdown(heading, body)}\n{about(results['surroundings'])}\n\n{parts}"
 
 
 if __name__ == "__main__":
