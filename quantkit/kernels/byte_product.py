@@ -8,6 +8,7 @@ whole numbers up to 2^24 exactly, so blocks have 1023 columns (128 * 128 * 1023 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import cast
 
@@ -24,39 +25,47 @@ _EXACT_COLUMNS = 1023
 _FEW_ROWS = 4
 
 
-def pack_bytes(signed: Tensor) -> Tensor:
-    """A weight's codes as :func:`byte_product` reads them on this machine.
+_ONEDNN, _BYTES = "weight_onednn", "weight_packed"
+
+
+def pack_bytes(signed: Tensor) -> dict[str, Tensor]:
+    """A weight's codes as :func:`byte_product` reads them on this machine, under a name that says which way.
+
+    A compiled graph cannot ask the tensor: while it is traced, oneDNN's layout looks like any other.
 
     Args:
         signed: int8 [out, in].
 
     Returns:
-        oneDNN's layout, which serves any number of rows of x (a tensor without storage); or the codes as they are.
+        ``weight_onednn``, oneDNN's layout, which serves any number of rows of x (a tensor without storage); or
+        ``weight_packed``, the codes as they are.
     """
-    return _onednn_pack(signed) if onednn_is_exact() else signed
+    return {_ONEDNN: _onednn_pack(signed)} if onednn_is_exact() else {_BYTES: signed}
 
 
-def unpack_bytes(packed: Tensor) -> Tensor:
+def unpack_bytes(packed: Mapping[str, Tensor]) -> Tensor:
     """The inverse of :func:`pack_bytes`: int8 [out, in]."""
-    return packed.to_dense().T.contiguous() if packed.is_mkldnn else packed
+    return packed[_ONEDNN].to_dense().T.contiguous() if _ONEDNN in packed else packed[_BYTES]
 
 
-def byte_product(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def byte_product(codes: Tensor, packed: Mapping[str, Tensor], scale: Tensor) -> Tensor:
     """``scale * (codes @ signedᵀ)`` with the sums exact in int32.
 
     Args:
         codes: [tokens, in], whole numbers from -128 to 127 of any dtype.
-        packed: by :func:`pack_bytes`, of at most MOST_COLUMNS columns.
+        packed: holds what :func:`pack_bytes` made, of at most MOST_COLUMNS columns.
         scale: float32 [out].
 
     Returns:
         float32 [tokens, out].
     """
-    if packed.is_mkldnn:
-        return _onednn_product(codes, packed, scale)
-    if codes.shape[0] <= _FEW_ROWS:
-        return torch._int_mm(codes.to(torch.int8), packed.T) * scale
-    return _blocks_product(codes, packed) * scale
+    if _ONEDNN in packed:
+        return _onednn_product(codes, packed[_ONEDNN], scale)
+    signed = packed[_BYTES]
+    # A single column's strides do not tell a transposed weight from a plain one, and oneDNN's _int_mm takes the wrong.
+    if codes.shape[0] <= _FEW_ROWS and signed.shape[1] > 1:
+        return torch._int_mm(codes.to(torch.int8), signed.T) * scale
+    return _blocks_product(codes, signed) * scale
 
 
 def _blocks_product(codes: Tensor, signed: Tensor) -> Tensor:

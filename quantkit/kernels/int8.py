@@ -33,7 +33,8 @@ class CpuInt8Backend:
     See :mod:`quantkit.kernels.byte_product`. Checked with torch 2.13.
 
     Packed tensors:
-        weight_packed: int8 in oneDNN's own layout (a tensor without storage), or [out, in].
+        weight_onednn: int8 in oneDNN's own layout (a tensor without storage); where that is exact.
+        weight_packed: int8 [out, in]; elsewhere.
         scale: [out, 1], the dtype that ships.
         zero_point: uint8 [out, 1]; asymmetric only.
         act_scale: float32 [1]; static activations only.
@@ -54,8 +55,8 @@ class CpuInt8Backend:
             KernelError: also when :meth:`unpack` would not give the codes back.
         """
         check_weight(q, spec)
-        packed = {"weight_packed": pack_bytes(_signed(q)), **_scales(q)}
-        if not torch.equal(unpack_bytes(packed["weight_packed"]), _signed(q)):
+        packed = {**pack_bytes(_signed(q)), **_scales(q)}
+        if not torch.equal(unpack_bytes(packed), _signed(q)):
             what = "oneDNN does not give the codes back"
             raise KernelError(message(str(spec), what, "choose backend='simulated' and report this"))
         return packed
@@ -64,13 +65,13 @@ class CpuInt8Backend:
         """See :class:`KernelBackend`."""
         flat = x.reshape(-1, spec.in_features)
         codes, act_scale = quantize_activations(flat, packed.get("act_scale"))
-        y = byte_product(codes, packed["weight_packed"], packed["scale"].view(-1).float())
+        y = byte_product(codes, packed, packed["scale"].view(-1).float())
         finished = _finished(y, codes, act_scale, packed, spec)
         return add_bias(finished, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""
-        return _unpacked(unpack_bytes(packed["weight_packed"]), packed, spec)
+        return _unpacked(unpack_bytes(packed), packed, spec)
 
 
 @dataclass(frozen=True, slots=True)

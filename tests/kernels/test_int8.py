@@ -75,6 +75,19 @@ def _subnormal(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype == torch.float16 else 0.0
 
 
+@pytest.mark.parametrize("onednn", [None, False], ids=["as_here", "without_onednn"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_compiled_product(tokens: int, onednn: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, the same numbers: traced, oneDNN's layout must not be taken for plain bytes."""
+    if onednn is not None:
+        monkeypatch.setattr("quantkit.kernels.byte_product.onednn_is_exact", lambda: onednn)
+    q = random_weight(W8A8, 64, 64, dtype=torch.bfloat16)
+    spec, x = LinearSpec.of(q, torch.bfloat16), normal(3, tokens, 64).bfloat16()
+    packed = CPU.prepack(q, spec)
+    compiled = torch.compile(lambda x: CPU.matmul(x, packed, spec), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), CPU.matmul(x, packed, spec))
+
+
 @settings(max_examples=80, deadline=None)
 @given(LAYERS)
 def test_unpack_undoes_prepack(q: QuantizedTensor) -> None:
@@ -247,4 +260,5 @@ def test_packed_bytes() -> None:
     tiled = {**plain, "weight_packed": 64 * 128, "row_scale": 4 * 64, "counters": 2 * 4}
     for backend, expected in ((CPU, plain), (CUDA, plain), (TRITON, tiled)):
         packed = backend.prepack(q, LinearSpec.of(q, torch.bfloat16))
-        assert {n: t.numel() * t.element_size() for n, t in packed.items()} == expected
+        size = {n.replace("onednn", "packed"): t.numel() * t.element_size() for n, t in packed.items()}
+        assert size == expected
