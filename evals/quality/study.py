@@ -85,7 +85,7 @@ def recipe_options(scheme: str) -> tuple[str, ...]:
 
 _PEER_RECIPES = {
     "llmcompressor": ("gptq", "gptq-mse", "awq", "awq-gptq"),
-    "gptqmodel": ("gptq", "gptq-mse", "gptq-act-order", "gptaq"),
+    "gptqmodel": ("gptq", "gptq-mse", "gptq-act-order", "gptq-static", "gptaq"),
     "autoround": ("default", "light", "search"),
 }
 RUNS = (
