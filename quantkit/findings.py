@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from quantkit.errors import QuantkitError, message
 
-Severity = Literal["error", "warning"]
+Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class Finding:
 
     Attributes:
         code: what kind of thing, in one or two words; a rule's id where a program refuses.
-        severity: ``error``: it does not load, or not as what it was; ``warning``: it does, with something to know.
+        severity: ``error``: it does not load, or not as what it was; ``warning``: it does, and holds what it should not;
+            ``note``: nothing is wrong with it, and a program asks for something to be known.
         where: a file, a module or a tensor.
         what: what was found there.
         fix: what to do.
@@ -40,7 +41,7 @@ class Finding:
     @property
     def rank(self) -> tuple[int, str, str]:
         """Errors first, then by kind and place."""
-        return (("error", "warning").index(self.severity), self.code, self.where)
+        return (get_args(Severity).index(self.severity), self.code, self.where)
 
 
 def of_error(code: str, error: QuantkitError) -> Finding:

@@ -49,7 +49,7 @@ class Verification:
         num_layers: quantized layers that were decoded.
         num_tensors: tensors on disk.
         nbytes: of these.
-        findings: errors first.
+        findings: errors first, notes last.
     """
 
     path: Path
@@ -63,8 +63,8 @@ class Verification:
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
+        """Whether nothing was found that is wrong; there may be notes."""
+        return all(finding.severity == "note" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """The schema of ``quantkit verify --json``."""
@@ -180,7 +180,7 @@ def _check_target(
             for one in model_facts(skeleton, stored.format.name, stored.schemes, dtype)
         ]
         for rule, names in broken(rules_for(target), facts):
-            severity: Severity = "warning" if rule.harm == "note" else "error"
+            severity: Severity = "note" if rule.harm == "note" else "error"
             yield Finding(rule.id, severity, places(names), f"{target} {rule.what}", rule.fix, rule.source)
     if shards > 1:
         yield from check_heads(skeleton.model.config, shards)

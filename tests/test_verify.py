@@ -327,8 +327,24 @@ def test_the_command(sound: Callable[[str], Path], spoiled: Callable[..., Path])
     assert set(finding) == {"code", "severity", "where", "what", "fix", "source"}
     table = run(app, ["verify", str(path)])
     assert table.exit_code == 1
-    assert "1 errors, 0 warnings" in table.stdout
+    assert "1 errors, 0 warnings, 0 notes" in table.stdout
     assert max(map(len, table.stdout.splitlines()[:-1])) <= 120
+
+
+def test_a_note_is_no_failure(sound: Callable[[str], Path], spoiled: Callable[..., Path]) -> None:
+    run = CliRunner().invoke
+    noted = ["verify", str(sound("packed")), "--target", "vllm-cpu"]
+    printed = run(app, noted)
+    assert printed.exit_code == 0
+    assert "AVX-512" in " ".join(printed.stdout.split())
+    assert "0 errors, 0 warnings, 1 notes" in printed.stdout
+    found = json.loads(run(app, [*noted, "--json"]).stdout)
+    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (True, ["note"])
+    path = spoiled("packed", _put("model.x", torch.ones(2)))
+    warned = run(app, ["verify", str(path), "--target", "vllm-cpu", "--json"])
+    assert warned.exit_code == 1
+    found = json.loads(warned.stdout)
+    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (False, ["warning", "note"])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -27,8 +27,8 @@ def verify(
 ) -> None:
     """Check anybody's checkpoint: files, names, shapes, values, config, and what a program would make of it.
 
-    Exit code 0: nothing was found; 1: something was; 2: it could not be checked (no such directory or program, or a
-    quantization that quantkit does not read).
+    Exit code 0: nothing is wrong with it (there may be notes); 1: there are errors or warnings; 2: it could not be
+    checked (no such directory or program, or a quantization that quantkit does not read).
     """
     from json import dumps
 
@@ -49,6 +49,8 @@ def _print(found: Verification, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from quantkit.findings import Severity
+
     if found.findings:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=True)
         for heading, ratio in (("", 1), ("where", 3), ("what", 5), ("what to do", 4)):
@@ -61,7 +63,7 @@ def _print(found: Verification, console: Console) -> None:
     what = f"{found.path}: {kind}, {found.num_tensors} tensors, {found.nbytes / 1e6:.1f} MB"
     layers = f", {found.num_layers} quantized layers decoded" if found.num_layers else ""
     target = f" for {found.target}" if found.target else ""
-    errors = sum(finding.severity == "error" for finding in found.findings)
-    warnings = len(found.findings) - errors
-    result = f"{errors} errors, {warnings} warnings" if found.findings else "nothing found"
+    severities = [finding.severity for finding in found.findings]
+    counts = [f"{severities.count(one)} {one}s" for one in get_args(Severity)]
+    result = ", ".join(counts) if severities else "nothing found"
     console.print(f"{what}{layers}: {result}{target}", markup=False, highlight=False, soft_wrap=True)
