@@ -16,7 +16,7 @@ class Finding:
 
     Attributes:
         code: what kind of thing, in one or two words; a rule's id where a program refuses.
-        severity: ``error``: it does not load, or not as what it was; ``warning``: it does, and holds what it should not;
+        severity: ``error``: it does not load, or not as what it was; ``warning``: it does, and holds too much;
             ``note``: nothing is wrong with it, and a program asks for something to be known.
         where: a file, a module or a tensor.
         what: what was found there.
