@@ -255,5 +255,16 @@ def test_importing_quantkit_is_enough_where_no_other_package_is(imports: str, em
     assert fresh(code).splitlines() == ["quantkit.linear", "[]"]
 
 
+@pytest.mark.parametrize("imports", ["import quantkit", "import transformers\nimport quantkit"])
+def test_registering_may_be_the_first_use_of_transformers(imports: str, embedded: Path) -> None:
+    code = (
+        f"{imports}\nprint('compressed-tensors' in quantkit.transformers.register())\n"
+        f"from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(embedded)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__module__)\n"
+    )
+    assert fresh(code).splitlines() == ["True", "quantkit.linear"]
+
+
 def test_the_builtin_model_itself_is_dense() -> None:
     assert not quant_layers(opened(BUILTIN_PATH))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -35,6 +36,7 @@ def register() -> tuple[str, ...]:
     Returns:
         The ``quant_method`` values that are looked at.
     """
+    import_module(_REGISTRY)  # first: at the end of its import it is filled in, by what is imported next
     from quantkit.transformers.registry import claim
 
     return claim(only_unread=False)
@@ -42,6 +44,7 @@ def register() -> tuple[str, ...]:
 
 def unregister() -> None:
     """Give every ``quant_method`` back to whom it belonged."""
+    import_module(_REGISTRY)
     from quantkit.transformers.registry import give_back
 
     give_back()
