@@ -26,7 +26,7 @@ from quantkit.errors import CheckpointError, message
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-_LATER = ("has_post_expert_norm",)
+_NEW = ("has_post_expert_norm",)  # transformers before 5.23 does not say it, and no experts there have one
 _CALL = ("hidden_states", "top_k_index", "top_k_weights")
 _Gating = Callable[[Tensor], Tensor]
 _SOURCE = re.compile(r".*\*\.(\w+)\.weight")  # transformers' pattern for one matrix of every expert
@@ -113,7 +113,7 @@ def why_not_experts(module: nn.Module) -> str | None:
         "has_post_expert_norm": (False, "it normalizes each expert's output"),
     }
     for attribute, (wanted, reason) in layout.items():
-        absent = wanted if attribute in _LATER else None  # in transformers before 5.23, where no experts had it
+        absent = wanted if attribute in _NEW else None
         if getattr(module, attribute, absent) is not wanted:
             return str(reason) if hasattr(module, attribute) else "it is not called as other experts are"
     if set(module._parameters) != {GATE_UP, DOWN}:

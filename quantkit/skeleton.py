@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from quantkit.model_config import CONFIG_ERRORS, check_numbers, open_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +161,13 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """Every parameter of a dense model has its tensor on disk, of the same shape; tied ones may be absent.
 
     Raises:
-        CheckpointError: with up to three of the tensors that do not match.
+        CheckpointError: with up to three of the tensors that do not match, or why experts on disk were not stacked.
     """
     wrong = []
     tied = set(getattr(skeleton.model, "all_tied_weights_keys", {}) or {})
     for name, disk, shape in expected_tensors(skeleton):
         if disk is None or disk not in checkpoint.tensors:
+            _check_readable(skeleton, checkpoint, name)
             if name not in tied:
                 wrong.append(f"{name} is missing")
         elif checkpoint.tensors[disk].shape != shape:
@@ -176,6 +180,15 @@ def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
                 "check config.json against the weights",
             )
         )
+
+
+def _check_readable(skeleton: Skeleton, checkpoint: Checkpoint, missing: str) -> None:
+    """A parameter that stacks experts may be missing because they lie one by one, and are not read so."""
+    for experts, reason in skeleton.opaque_experts:
+        if missing.startswith(f"{experts}.") and any(_SINGLE_EXPERT.search(name) for name in checkpoint.tensors):
+            fix = "write it with its experts stacked: save_pretrained(DIR, save_original_format=False)"
+            what = f"holds {experts} one by one, and its {reason}"
+            raise CheckpointError(message(str(checkpoint.path), what, fix))
 
 
 def expected_tensors(skeleton: Skeleton) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +113,25 @@ def test_other_layouts_are_refused(family: dict[str, Any], reason: str | None) -
     assert why_not_experts(module) == reason
     if reason is None:  # its checkpoints are stacked, and transformers has no names for single experts
         assert disk_leaves(experts_info(name, module), _conversions(model)[1]) is None
+
+
+def test_experts_of_transformers_that_does_not_say_everything() -> None:
+    """Before 5.23 no class of experts states has_post_expert_norm."""
+    module: Any = MixtralExperts(tiny_config("mixtral"))
+    del module.has_post_expert_norm
+    assert why_not_experts(module) is None
+    del module.has_bias
+    assert why_not_experts(module) == "it is not called as other experts are"
+
+
+def test_experts_one_by_one_that_cannot_be_read_are_refused_with_the_reason(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.skeleton.why_not_experts", lambda _: "it has biases")
+    what = r"holds model.layers.0.mlp.experts one by one, and its MixtralExperts cannot be quantized: it has biases"
+    with pytest.raises(quantkit.CheckpointError, match=what):
+        quantkit.quantize(tiny("mixtral"), tmp_path / "q", recipe={"method": "rtn"})
+    assert not (tmp_path / "q").exists()
 
 
 def test_slots_are_the_rows_of_the_stack() -> None:
