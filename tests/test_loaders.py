@@ -67,6 +67,26 @@ def test_a_rule_needs_all_of_its_conditions() -> None:
     assert broken(rules, [facts("w3a16_g128", "gptq")]) == []
 
 
+def test_several_schemes_in_transformers() -> None:
+    rules = rules_for(parse_target("transformers"))
+    for schemes, expected in (
+        (("w4a16_g128", "w8a16_g128"), "transformers-dequantize"),
+        (("w4a16_g128", "w8a16_g128_asym"), "transformers-schemes"),
+    ):
+        used = [parse_scheme(one) for one in schemes]
+        one = layer_facts(
+            "a",
+            "compressed-tensors",
+            used[0],
+            kind="linear",
+            related=("equal", "none"),
+            kept_experts=False,
+            used=used,
+            dtype=torch.float16,
+        )
+        assert [rule.id for rule, _ in broken(rules, [one])] == [expected]
+
+
 def test_relations() -> None:
     schemes = {"l.0.q_proj": W4, "l.0.k_proj": W8, "l.0.o_proj": W8, "l.1.gate_proj": W4, "l.1.up_proj": None}
     experts = {f"l.2.experts.{i}.up_proj": "l.2.experts" for i in range(2)}

@@ -398,6 +398,21 @@ def test_transformers_dequantizes_mixed_schemes_wrong(made: Made) -> None:
         peer_logits(output, **dequantizing())
 
 
+@pytest.mark.parametrize("recipe", ["gptq-w4-asym", "mixed-asym"])
+def test_quantkit_in_its_place_refuses_its_config_and_dequantizes_when_asked(recipe: str, made: Made) -> None:
+    source, output = made("llama", recipe)
+    quantkit.transformers.register()
+    try:
+        with pytest.raises(ValueError, match="quantized with QuantkitConfig but you are passing a CompressedTensorsConf"):
+            opened(output, **dequantizing())
+        model, _ = opened(output)
+        model.dequantize()
+    finally:
+        quantkit.transformers.unregister()
+    assert not any(isinstance(module, quantkit.QuantLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected_logits(source, output), rtol=1e-4, atol=1e-5)
+
+
 def test_transformers_does_not_read_quantized_conv1d(made: Made) -> None:
     """compressed-tensors knows Linear and Embedding: GPT-2's Conv1D layers get random weights, and a warning."""
     _, output = made("gpt2", "gptq-w4")
