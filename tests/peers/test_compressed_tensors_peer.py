@@ -403,7 +403,7 @@ def test_quantkit_in_its_place_refuses_its_config_and_dequantizes_when_asked(rec
     source, output = made("llama", recipe)
     quantkit.transformers.register()
     try:
-        with pytest.raises(ValueError, match="quantized with QuantkitConfig but you are passing a CompressedTensorsConf"):
+        with pytest.raises(ValueError, match="QuantkitConfig but you are passing a CompressedTensorsConfig"):
             opened(output, **dequantizing())
         model, _ = opened(output)
         model.dequantize()
