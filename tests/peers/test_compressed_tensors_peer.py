@@ -405,7 +405,7 @@ def test_quantkit_in_its_place_refuses_its_config_and_dequantizes_when_asked(rec
     try:
         with pytest.raises(ValueError, match="QuantkitConfig but you are passing a CompressedTensorsConfig"):
             opened(output, **dequantizing())
-        model, _ = opened(output)
+        model: Any = opened(output)[0]
         model.dequantize()
     finally:
         quantkit.transformers.unregister()
