@@ -150,13 +150,14 @@ def measure(model: str, spec: BenchSpec) -> BenchResult:
     for _ in range(_WARM_UP):
         token = int(decoder.step(token).argmax())
     steps = [_seconds(lambda: decoder.step(token), device) for _ in range(spec.new_tokens)]
+    middle = spec.prompt_tokens + _WARM_UP + spec.new_tokens // 2  # tokens, at the middle step
     return BenchResult(
         model=model,
         prefill_tokens_per_second=spec.prompt_tokens / first,
         first_token_seconds=first,
         decode_tokens_per_second=1 / statistics.median(steps),
         peak_bytes=_peak_bytes(device),
-        bytes_per_token=weight_bytes(opened) + decoder.cache_bytes,
+        bytes_per_token=weight_bytes(opened) + decoder.cache_bytes(middle),
         bandwidth=read_bandwidth(device),
         notes=notes,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from quantkit.attention import ROOM, attend_by_steps
 from quantkit.errors import InputError, KernelError, first_line, message
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Decoder:
     """One sequence through a model, token by token.
 
     Args:
-        model: as :func:`quantkit.load` returns it.
+        model: as :func:`quantkit.load` returns it. Its attention is set to quantkit's where that runs
+            (:mod:`quantkit.attention`).
         length: tokens that the cache has room for, those of the prompt counted.
         compiled: whether the step is compiled, as one graph without a break; its first call takes up to minutes.
         backend: torch.compile's, for tests.
@@ -78,18 +80,25 @@ class Decoder:
         self, model: PreTrainedModel, length: int, *, compiled: bool = False, backend: str = "inductor"
     ) -> None:
         check_length(model, length)
-        self._model, self._length, self._compiled = model, length, compiled
-        self._cache = _static_cache(model, length)
+        self._model, self._compiled = model, compiled
+        self._cache = _static_cache(model, -(-length // ROOM) * ROOM)
+        self._reads_filled = attend_by_steps(model)
         step: Callable[..., Any] = model.forward
         if compiled:
             step = _compiled(step, backend, model.device)
         self._step = step
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the cache's keys and values: a step reads all of them, whatever the length of the text."""
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the cache's keys and values that a step reads.
+
+        Args:
+            tokens: of the text so far. Torch's attention goes over the whole cache, quantkit's over these.
+        """
         tensors = (tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        found = [tensor for tensor in tensors if tensor is not None]
+        return sum(
+            tensor.nbytes * tokens // tensor.shape[2] if self._reads_filled else tensor.nbytes for tensor in found
+        )
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:

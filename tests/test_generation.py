@@ -14,10 +14,12 @@ from layers import fastest_cpu
 from torch import Tensor
 
 import quantkit
+import quantkit.attention
 import quantkit.linear
 from quantkit.cli import main
 from quantkit.generation import Decoder, Sampling, generate, prompt_tokens, stop_tokens
 from quantkit.joining import join_linears
+from quantkit.kernels.attend import attends_here
 from quantkit.source import BUILTIN_PATH, open_tokenizer
 
 NEVER: frozenset[int] = frozenset()
@@ -116,10 +118,14 @@ def test_a_stop_token_is_the_last(tiny: Callable[[str], Path]) -> None:
     assert stop_tokens(model) == {2}
 
 
-def test_the_cache_holds_what_it_says(tiny: Callable[[str], Path]) -> None:
-    decoder = Decoder(quantkit.load(tiny("llama")), 20)
-    decoder.prefill(PROMPT)
-    assert decoder.cache_bytes == 3 * 2 * 2 * 16 * 20 * 4  # layers, keys and values, heads, their size, length, float32
+def test_what_a_step_reads_of_the_cache(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of room for 20 tokens and a few more, those that are filled; by torch's attention all."""
+    for one_a_token in (attends_here(), False):
+        monkeypatch.setattr(quantkit.attention, "attends_here", lambda chosen=one_a_token: chosen)
+        decoder = Decoder(quantkit.load(tiny("llama")), 20)
+        decoder.prefill(PROMPT)
+        token = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, float32
+        assert decoder.cache_bytes(7) == token * (7 if one_a_token else 32)
 
 
 def test_sampling_is_drawn_from_the_probabilities() -> None:

@@ -39,6 +39,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("qtensor", "stats", "structure", "text", "safetensors_header", "loaders"),
     ("grid", "packing", "calibration"),
     ("solvers", "transforms", "formats", "kernels"),
+    ("attention",),
     (
         "linear",
         "checkpoint",

@@ -7,24 +7,21 @@ operator (:mod:`quantkit.kernels.jit_op`).
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from quantkit.kernels.jit import kernel_of_one_row, multiplies_bfloat16, tables
-from quantkit.kernels.jit_compile import addresses
 from quantkit.kernels.jit_step_ir import CALL, OPERATOR, PARTS, SYMBOLS, step_ir
 from quantkit.kernels.jit_targets import chosen_target
 from quantkit.kernels.jit_threads import THREAD_BYTES
 from quantkit.kernels.jit_tile_ir import scratch_numbers
+from quantkit.kernels.native_op import define, torch_has
 from quantkit.kernels.panels import PANEL, unit_columns
 
 _MOST_COLUMNS = 1 << 16  # whose activations lie on a thread's stack: 256 kB
-_NAMESPACE, _NAME = "quantkit", "panels_step"
 
 
 def layer_call(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor | None:
@@ -37,7 +34,7 @@ def layer_call(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, dt
         dtype: of the activations.
     """
     (panels, groups), in_features = scale.shape[:2], words.shape[1] * unit_columns(bits)
-    if in_features > _MOST_COLUMNS or not _is_here():
+    if in_features > _MOST_COLUMNS or not torch_has(SYMBOLS):
         return None
     parts = _operator_parts()
     pairs = multiplies_bfloat16(dtype)
@@ -76,45 +73,13 @@ def step(x: Tensor, scale: Tensor, zeros: Tensor | None, call: Tensor) -> Tensor
 
 
 @cache
-def _is_here() -> bool:
-    """Whether torch has the C functions: from 2.10 on."""
-    library = _torch_library()
-    return library is not None and all(hasattr(library, name) for name in (*SYMBOLS, "aoti_torch_library_impl"))
-
-
-@cache
-def _torch_library() -> ctypes.CDLL | None:
-    """torch's library, which is loaded already; None where it lies elsewhere."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
-    shared = [path for path in found if path.suffix in (".so", ".dylib", ".dll")]
-    return ctypes.CDLL(str(shared[0])) if shared else None
-
-
-@cache
 def _operator_parts() -> dict[str, int]:
     """Compiles the operator and gives it to torch, once in a process; the addresses of its parts."""
-    library, target = _torch_library(), chosen_target()
-    assert library is not None
+    target = chosen_target()
     assert target is not None
-    symbols = {name: cast(int, ctypes.cast(getattr(library, name), ctypes.c_void_p).value) for name in SYMBOLS}
-    operator, *parts = addresses(step_ir(), target, (OPERATOR, *PARTS.values()), symbols)
-    _fragment().define(f"{_NAME}(Tensor x, Tensor sums, Tensor call, int rows) -> Tensor")
-    torch.library.register_fake(f"{_NAMESPACE}::{_NAME}", _shape)
-    handle = ctypes.c_void_p()
-    pointer = ctypes.c_void_p
-    init, put = library.aoti_torch_library_init_impl, library.aoti_torch_library_impl
-    init.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint32, ctypes.POINTER(pointer)]
-    put.argtypes = [pointer, ctypes.c_char_p, pointer]
-    failed = init(_NAMESPACE.encode(), b"CPU", __file__.encode(), 0, ctypes.byref(handle))
-    failed = failed or put(handle, _NAME.encode(), operator)
-    assert not failed
+    schema = "panels_step(Tensor x, Tensor sums, Tensor call, int rows) -> Tensor"
+    _, *parts = define(schema, step_ir(), target, (OPERATOR, *PARTS.values()), SYMBOLS, _shape)
     return dict(zip(PARTS, parts, strict=True))
-
-
-@cache
-def _fragment() -> torch.library.Library:
-    """Of the namespace; the operator lives as long as this object."""
-    return torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def _shape(x: Tensor, sums: Tensor, call: Tensor, rows: int) -> Tensor:  # noqa: ARG001
