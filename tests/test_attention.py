@@ -14,7 +14,7 @@ import quantkit
 from quantkit import attention
 from quantkit.attention import NAME, attend_by_steps
 from quantkit.generation import Decoder
-from quantkit.kernels.attend import attends_here
+from quantkit.kernels.attend import attend_step, attends_here
 
 pytestmark = pytest.mark.skipif(not attends_here(), reason="the just-in-time kernels do not run on this CPU")
 
@@ -37,8 +37,13 @@ def test_steps_give_the_logits_of_torchs_attention(
         without.setattr(attention, "attends_here", lambda: False)
         wanted = logits(model)
     assert model.config._attn_implementation == "sdpa"
-    calls, own = [], attention.attend_step
-    monkeypatch.setattr(attention, "attend_step", lambda *given: calls.append(given) or own(*given))
+    calls: list[float] = []
+
+    def recorded(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        calls.append(scale)
+        return attend_step(q, keys, values, mask, scale)
+
+    monkeypatch.setattr(attention, "attend_step", recorded)
     found = logits(model)
     assert model.config._attn_implementation == NAME
     assert len(calls) == (len(TEXT) - 5) * model.config.num_hidden_layers
@@ -55,15 +60,12 @@ def test_models_with_other_attention_keep_it(tiny: Callable[[str], Path]) -> Non
 
 
 def test_gradients_go_through_torchs(tiny: Callable[[str], Path]) -> None:
-    """One token, a mask and a cache, but inputs that want a gradient."""
+    """One token and a mask, but queries that want a gradient."""
     model = quantkit.load(tiny("llama"))
-    decoder = Decoder(model, 32)
-    decoder.prefill(TEXT[:5])
-    embedded = model.get_input_embeddings()(TEXT[None, 5:6]).detach().requires_grad_()
+    assert attend_by_steps(model)
     mask = torch.arange(32)[None, None, None] < 6
-    model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits.sum()
     q = torch.randn(1, 4, 1, 16, requires_grad=True)
     keys, values = torch.randn(1, 4, 32, 16), torch.randn(1, 4, 32, 16)
     found, _ = attention._attention(model.model.layers[0].self_attn, q, keys[:, :2], values[:, :2], mask)
-    found.sum().backward()  # type: ignore[no-untyped-call]
+    found.sum().backward()
     assert q.grad is not None

@@ -1,8 +1,9 @@
 """Attention of one row of queries in LLVM's intermediate representation: an operator of torch's, without Python.
 
 Each head goes once through the positions that its mask leaves, 16 at a time, with a running maximum and sum of the
-exponentials (arXiv:1805.02867, algorithm 3): positions that no token fills yet cost a look at the mask, heads that share
-keys read them where they lie, and nothing is as large as the cache. Numbers are float32; the result is rounded once.
+exponentials (arXiv:1805.02867, algorithm 3): positions that no token fills yet cost a look at the mask, heads that
+share keys read them where they lie, and nothing is as large as the cache. Numbers are float32; the result is rounded
+once.
 """
 
 from __future__ import annotations
