@@ -10,16 +10,18 @@ from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
 from quantkit.kernels.jit_compile import addresses, function
-from quantkit.kernels.jit_ir import dense_ir, matvec_ir
+from quantkit.kernels.jit_ir import matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
 from quantkit.kernels.jit_text import NAME, Kind, center
 from quantkit.kernels.jit_threads import parts, run
 from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS, scratch_numbers, tile_ir
-from quantkit.kernels.panels import PANEL, unit_columns
+from quantkit.kernels.panels import PANEL
+
+TYPES = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
+"""LLVM's names of dtypes."""
 
 MOST_TOKENS = 16  # rows of x in one call of the kernel that multiplies bfloat16
 _MOST_TILES = 16  # in one call of the other: the x of more would not stay in the cache
-_NAMES = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
 _ALIGNMENT = 64
 
 
@@ -34,14 +36,14 @@ def aligned(tensor: Tensor) -> Tensor:
     return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def in_line(tensor: Tensor) -> Tensor:
     """As it is, or a copy where somebody (torch.compile, a copy of a module) moved it to another address."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else aligned(tensor)
 
 
 def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     """Whether activations of this dtype are multiplied as they are, in pairs, and not in float32."""
-    return _target().bfloat16 and dtype == torch.bfloat16
+    return target_here().bfloat16 and dtype == torch.bfloat16
 
 
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
@@ -58,29 +60,12 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     Returns:
         x's dtype [tokens, out].
     """
-    words, scale, zeros = _aligned(words), _aligned(scale), None if zeros is None else _aligned(zeros)
+    words, scale, zeros = in_line(words), in_line(scale), None if zeros is None else in_line(zeros)
     y = torch.empty(x.shape[0], scale.shape[0] * PANEL, dtype=x.dtype)
     if y.numel():
         fill = _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
         fill(x, words, scale, zeros, bits, y)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
-
-
-def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, panels: slice) -> Tensor:
-    """The dense weight of some panels: bfloat16 [16 * panels, in]; arguments as for :func:`product`.
-
-    Only where :func:`multiplies_bfloat16`: elsewhere the products of many rows need none.
-    """
-    words, scale, zeros = _aligned(words), _aligned(scale), None if zeros is None else _aligned(zeros)
-    groups, in_features = scale.shape[1], words.shape[1] * unit_columns(bits)
-    first, last, _ = panels.indices(words.shape[0])
-    if first >= last:
-        return torch.empty(0, words.shape[1] * unit_columns(bits), dtype=torch.bfloat16)
-    weight = torch.empty((last - first) * PANEL, in_features, dtype=torch.bfloat16)
-    kernel = _dense_kernel(bits, in_features // groups, zeros is None, scale.dtype)
-    pointers = (words, scale, scale if zeros is None else zeros, tables(bits), weight)
-    kernel(*[tensor.data_ptr() for tensor in pointers], first, last, groups)
-    return weight
 
 
 def tiles_of(tokens: int, most: int) -> Iterator[tuple[int, int, int]]:
@@ -106,20 +91,18 @@ def tile_kernel(
         dtype: of x and y.
         tokens: rows of x in a tile.
     """
-    return _tile_kernel(target, Kind(bits, group, symmetric, _NAMES[scale]), _NAMES[dtype], tokens)
+    return _tile_kernel(target, Kind(bits, group, symmetric, TYPES[scale]), TYPES[dtype], tokens)
 
 
-@cache
 def kernel_of_one_row(bits: int, group: int, symmetric: bool, scale: torch.dtype, dtype: torch.dtype) -> int:
     """The address of the kernel that :func:`product` calls for one row of x; arguments as for :func:`tile_kernel`."""
-    kind, target = Kind(bits, group, symmetric, _NAMES[scale]), _target()
-    source = matvec_ir(kind, 1) if multiplies_bfloat16(dtype) else tile_ir(kind, _NAMES[dtype], 1, target.chains)
-    return addresses(source, target, [NAME])[0]
+    kind = Kind(bits, group, symmetric, TYPES[scale])
+    return _kernel_of_one_row(target_here(), kind, None if multiplies_bfloat16(dtype) else TYPES[dtype])
 
 
 def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
     """The product by the kernel that multiplies float32."""
-    (panels, groups), in_features, target = scale.shape[:2], x.shape[1], _target()
+    (panels, groups), in_features, target = scale.shape[:2], x.shape[1], target_here()
     weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
     cuts = parts(panels, words.nbytes)
     for start, tokens, tiles in tiles_of(x.shape[0], target.tile):
@@ -146,7 +129,8 @@ def _fill_by_pairs(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None
         run(kernel, [(*weight, *rows, *cut, groups, y.shape[1]) for cut in parts(panels, words.nbytes)])
 
 
-def _target() -> Target:
+def target_here() -> Target:
+    """What the kernels of this process are compiled for."""
     target = chosen_target()
     assert target is not None  # or why_not would have refused the layer
     return target
@@ -170,12 +154,12 @@ def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callabl
 
 
 @cache
-def _pairs_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    source = matvec_ir(Kind(bits, group, symmetric, _NAMES[scale]), tokens)
-    return function(source, _target(), pointers=7, numbers=4)
+def _kernel_of_one_row(target: Target, kind: Kind, dtype: str | None) -> int:
+    source = matvec_ir(kind, 1) if dtype is None else tile_ir(kind, dtype, 1, target.chains)
+    return addresses(source, target, [NAME])[0]
 
 
 @cache
-def _dense_kernel(bits: int, group: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
-    source = dense_ir(Kind(bits, group, symmetric, _NAMES[scale]))
-    return function(source, _target(), pointers=5, numbers=3)
+def _pairs_kernel(bits: int, group: int, tokens: int, symmetric: bool, scale: torch.dtype) -> Callable[..., None]:
+    source = matvec_ir(Kind(bits, group, symmetric, TYPES[scale]), tokens)
+    return function(source, target_here(), pointers=7, numbers=4)

@@ -8,8 +8,7 @@ At a group's end its sum is multiplied by its scale, and an asymmetric weight's 
 
     Σ (q - z) x  =  Σ (q - c) x  -  (z - c) Σ x        with the constant c in the tables.
 
-Memory is read once, from start to end, with prefetches ahead. A second kernel writes the dense weight of a few panels,
-for products with many rows.
+Memory is read once, from start to end, with prefetches ahead.
 """
 
 from __future__ import annotations
@@ -38,16 +37,8 @@ def matvec_ir(kind: Kind, tokens: int) -> str:
     return _HEADER + "\n".join(_Writer(kind).product(tokens))
 
 
-def dense_ir(kind: Kind) -> str:
-    """A module with ``kernel(words, scales, zeros, tables, dense, first, last, groups)``.
-
-    Pointers as for :func:`matvec_ir`; dense is bfloat16 [16 * (last - first), in]: ``(q - z) * scale``, rounded once.
-    """
-    return _HEADER + "\n".join(_Writer(kind).dense())
-
-
 class _Writer(Lines):
-    """Writes both kernels."""
+    """Writes the kernel."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
@@ -94,37 +85,6 @@ class _Writer(Lines):
         self.lines += [f"  br i1 {more}, label %panel, label %done", "done:", "  ret void", "}"]
         return self.lines
 
-    def dense(self) -> list[str]:
-        """All lines of the dense weight: rows of 16 pairs of columns are written one by one."""
-        kind = self.kind
-        pointers = ", ".join(f"ptr noalias %{name}" for name in ("words", "scales", "zeros", "tables", "dense"))
-        self.lines += [f"define void @{NAME}({pointers}, i64 %first, i64 %last, i64 %groups) {{", "entry:"]
-        tables = self._tables()
-        row_bytes = self.let(f"mul i64 %groups, {2 * kind.group}")
-        self.lines += ["  br label %panel", "panel:", "  %p = phi i64 [ %first, %entry ], [ %p.next, %after ]"]
-        start = self.let("mul i64 %p, %groups")
-        panel = self.let(f"mul i64 {self.let('sub i64 %p, %first')}, {row_bytes}")
-        panel = self.address("%dense", panel, 16)
-        self.lines += ["  br label %group", "group:", "  %g = phi i64 [ 0, %panel ], [ %g.next, %end ]"]
-        at = self.let(f"add i64 {start}, %g")
-        scale = self._scale(at)
-        shift = None if kind.symmetric else self._zero_points(at)
-        words = self.address("%words", at, self.units * 64)
-        target = self.address(panel, "%g", 2 * kind.group)
-        self.lines += ["  br label %unit", "unit:", "  %u = phi i64 [ 0, %group ], [ %u.next, %unit ]"]
-        word = self.let(f"load <32 x i16>, ptr {self.address(words, '%u', 64)}, align 64")
-        here = self.address(target, "%u", 2 * unit_columns(kind.bits))
-        for pair, numbers in enumerate(self._numbers(word, tables)):
-            self._written(numbers, scale, shift, self.let(f"getelementptr i8, ptr {here}, i64 {4 * pair}"), row_bytes)
-        self.lines.append("  %u.next = add i64 %u, 1")
-        more = self.let(f"icmp ult i64 %u.next, {self.units}")
-        self.lines += [f"  br i1 {more}, label %unit, label %end", "end:", "  %g.next = add i64 %g, 1"]
-        more = self.let("icmp ult i64 %g.next, %groups")
-        self.lines += [f"  br i1 {more}, label %group, label %after", "after:", "  %p.next = add i64 %p, 1"]
-        more = self.let("icmp ult i64 %p.next, %last")
-        self.lines += [f"  br i1 {more}, label %panel, label %done", "done:", "  ret void", "}"]
-        return self.lines
-
     def _tables(self) -> tuple[str, str]:
         low = self.let("load <32 x i16>, ptr %tables, align 64")
         place = self.let("getelementptr i8, ptr %tables, i64 64")
@@ -135,38 +95,6 @@ class _Writer(Lines):
         index = word if nibble == 0 else self.let(f"lshr <32 x i16> {word}, splat (i16 {4 * nibble})")
         table = tables[0] if self.kind.bits <= 4 else tables[nibble % 2]
         return self.let(f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> {table}, <32 x i16> {index})")
-
-    def _numbers(self, word: str, tables: tuple[str, str]) -> list[tuple[str, str]]:
-        """Of each pair of columns of a unit, the codes minus the constant: two times float32 <16 x float>."""
-        halves = []
-        for nibble in range(4):
-            pairs = self.let(f"bitcast <32 x i16> {self._looked_up(word, nibble, tables)} to <16 x i32>")
-            even = self.let(f"shl <16 x i32> {pairs}, splat (i32 16)")
-            odd = self.let(f"and <16 x i32> {pairs}, splat (i32 -65536)")
-            halves.append(tuple(self.let(f"bitcast <16 x i32> {each} to <16 x float>") for each in (even, odd)))
-        if self.kind.bits <= 4:
-            return [(even, odd) for even, odd in halves]
-        return [
-            (self.let(f"fadd <16 x float> {low[0]}, {high[0]}"), self.let(f"fadd <16 x float> {low[1]}, {high[1]}"))
-            for low, high in (halves[:2], halves[2:])
-        ]
-
-    def _written(self, numbers: tuple[str, str], scale: str, shift: str | None, target: str, row_bytes: str) -> None:
-        """Scale a pair of columns and store it in each of the 16 rows."""
-        halves = []
-        for number in numbers:
-            moved = number if shift is None else self.let(f"fsub <16 x float> {number}, {shift}")
-            product = self.let(f"fmul <16 x float> {moved}, {scale}")
-            rounded = self.let(f"fptrunc <16 x float> {product} to <16 x bfloat>")
-            bits = self.let(f"bitcast <16 x bfloat> {rounded} to <16 x i16>")
-            halves.append(self.let(f"zext <16 x i16> {bits} to <16 x i32>"))
-        odd = self.let(f"shl <16 x i32> {halves[1]}, splat (i32 16)")
-        both = self.let(f"or <16 x i32> {halves[0]}, {odd}")
-        for row in range(16):
-            place = self.address(target, row_bytes, row)
-            self.lines.append(
-                f"  store i32 {self.let(f'extractelement <16 x i32> {both}, i32 {row}')}, ptr {place}, align 2"
-            )
 
     def _scale(self, at: str) -> str:
         """float32: the scales of a group."""

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
-from quantkit.kernels.jit import dense, multiplies_bfloat16, product
+from quantkit.kernels.jit import product
+from quantkit.kernels.jit_dense import pays, product_of_many
 from quantkit.kernels.order import reordered
-from quantkit.kernels.panels import PANEL
-
-# From so many rows of bfloat16 x on, where pairs of them are multiplied by the processor, dequantizing for a dense
-# product is faster. Milliseconds of process CPU time for
-# 4096 x 4096 on one core of an AMD Zen 5, kernels / dense: W4 g64 18/28 at 128 rows, 73/59 at 512; W8 26/42, 102/79.
-_DENSE_FROM = 192
-_DENSE_WEIGHTS = BLOCK_WEIGHTS
 
 _SCHEMA = "(Tensor x, Tensor words, Tensor scale, Tensor? zeros, Tensor? order, int bits, int out_features) -> Tensor"
 
@@ -45,9 +37,8 @@ def _product(
     x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
 ) -> Tensor:
     x = reordered(x, order).contiguous()
-    if x.shape[0] < _DENSE_FROM or not multiplies_bfloat16(x.dtype):
-        return product(x, words, scale, zeros, bits, out_features)
-    return _dense(x, words, scale, zeros, bits, out_features)
+    chosen = product_of_many if pays(x.shape[0], bits, x.dtype) else product
+    return chosen(x, words, scale, zeros, bits, out_features)
 
 
 @torch.library.custom_op("quantkit::panels_linear", mutates_args=(), schema=_SCHEMA)
@@ -68,12 +59,3 @@ def _shape(
     out_features: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
-
-
-def _dense(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
-    """Dequantized a few panels at a time, so that no layer is ever dense as a whole."""
-    y = x.new_empty(x.shape[0], out_features)
-    for start, stop in row_blocks(out_features, x.shape[1], PANEL, _DENSE_WEIGHTS):
-        weight = dense(words, scale, zeros, bits, slice(start // PANEL, -(-stop // PANEL)))
-        y[:, start:stop] = linear(x, weight[: stop - start])
-    return y

@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 
 from quantkit.errors import KernelError
 from quantkit.grid import dequantize, quantize_groups
-from quantkit.kernels import JitBackend, LinearSpec
+from quantkit.kernels import JitBackend, LinearSpec, jit_dense, jit_op
 from quantkit.kernels import jit_backend as module
-from quantkit.kernels.jit import multiplies_bfloat16
+from quantkit.kernels.jit_targets import VARIABLE, Target, available
 from quantkit.kernels.panels import pack_codes, pack_groups, unpack_codes, unpack_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme, parse_scheme
@@ -24,8 +24,6 @@ BF16 = torch.bfloat16
 BACKEND = JitBackend()
 REASON = BACKEND.why_not(LinearSpec(64, 64, parse_scheme("w4a16_g64"), BF16, "cpu"))
 runs_here = pytest.mark.skipif(REASON is not None, reason=f"cpu_jit refuses {REASON}")
-PAIRS = REASON is None and multiplies_bfloat16(BF16)
-has_pairs = pytest.mark.skipif(not PAIRS, reason="this CPU has no products of bfloat16 (avx512_bf16)")
 
 
 def weight_of(
@@ -109,37 +107,88 @@ def test_products_are_as_exact_as_torchs(
     assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + lost * float(scale.norm())
 
 
-@has_pairs
+@pytest.mark.parametrize("target", available(), ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@runs_here
 @settings(deadline=None, max_examples=40)
 @given(schemes, st.integers(1, 70), st.integers(1, 4), st.sampled_from([BF16, torch.float32]), st.integers(0, 9999))
 def test_the_dense_weight_is_what_dequantize_gives(
-    scheme: QuantScheme, out_features: int, groups: int, dtype: torch.dtype, seed: int
+    target: Target,
+    dtype: torch.dtype,
+    scheme: QuantScheme,
+    out_features: int,
+    groups: int,
+    scale_dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    from quantkit.kernels.jit import dense
-
-    q = weight_of(scheme, out_features, groups * (scheme.group_size or 40), dtype, seed)
+    """To the last bit, whatever the group; the panels that were asked for, and nothing behind them."""
+    if dtype == BF16 and not target.bfloat16:
+        return
+    q = weight_of(scheme, out_features, groups * (scheme.group_size or 40), scale_dtype, seed)
     packed = BACKEND.prepack(q, LinearSpec.of(q, BF16))
-    zeros = packed.get("panel_zero")
-    found = dense(packed["words"], packed["panel_scale"], zeros, scheme.bits, slice(0, None))
-    assert torch.equal(found[:out_features], dequantize(q, BF16))
-    later = dense(packed["words"], packed["panel_scale"], zeros, scheme.bits, slice(1, 3))
-    assert torch.equal(later, found[16:48])
+    weight = torch.full((-(-out_features // 16) * 16 + 1, q.in_features), 7.0, dtype=dtype)
+    given_to = (packed["words"], packed["panel_scale"], packed.get("panel_zero"), scheme.bits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, target.name)
+        jit_dense.dense(*given_to, 0, weight[:-1])
+        assert torch.equal(weight[:out_features], dequantize(q, dtype))
+        assert bool((weight[-1] == 7).all())
+        if out_features > 16:
+            jit_dense.dense(*given_to, 1, weight[:16])
+            later = dequantize(q, dtype)[16:32]
+            assert torch.equal(weight[: len(later)], later)
 
 
-@has_pairs
+@pytest.mark.parametrize("target", available(), ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["w4a16_g64_asym", "w8a16_channel_sym"])
-def test_many_rows_go_through_dense_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a number of rows on; a few panels at a time, of which the last is short."""
-    monkeypatch.setattr("quantkit.kernels.jit_op._DENSE_FROM", 30)
-    monkeypatch.setattr("quantkit.kernels.jit_op._DENSE_WEIGHTS", 2 * 16 * 128)
+@runs_here
+def test_many_rows_go_through_dense_blocks(
+    target: Target, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few panels at a time, of which the last is short; one thread or two give the same bits."""
+    monkeypatch.setenv(VARIABLE, target.name)
+    monkeypatch.setattr(jit_dense, "_DENSE_WEIGHTS", 2 * 16 * 128)
+    monkeypatch.setattr("quantkit.kernels.jit_threads.THREAD_BYTES", 1)
     q = weight_of(parse_scheme(name), 75, 128, BF16, 5)
-    spec = LinearSpec.of(q, BF16)
-    packed = BACKEND.prepack(q, spec)
-    x = normal(33, 128, seed=2).to(BF16)
+    packed = BACKEND.prepack(q, LinearSpec.of(q, dtype))
+    arguments = (packed["words"], packed["panel_scale"], packed.get("panel_zero"), q.scheme.bits, 75)
+    x = normal(33, 128, seed=2).to(dtype)
+    y = jit_dense.product_of_many(x, *arguments)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert torch.equal(jit_dense.product_of_many(x, *arguments), y)
+    torch.set_num_threads(before)
     exact = x.double() @ dequantize(q, torch.float64).T
-    errors = [(BACKEND.matmul(part, packed, spec).double() - exact[: len(part)]).norm() for part in (x, x[:29])]
-    limit = (linear(x, dequantize(q, BF16)).double() - exact).norm()
-    assert max(errors) <= 2 * limit
+    limit = (linear(x, dequantize(q, dtype)).double() - exact).norm()
+    assert float((y.double() - exact).norm()) <= 2 * float(limit)
+
+
+@pytest.mark.parametrize("target", available(), ids=lambda target: target.name)
+@runs_here
+def test_where_many_rows_begin(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the target's number of rows for nibbles, at half of it for bytes; never where it has none."""
+    monkeypatch.setenv(VARIABLE, target.name)
+    calls: list[int] = []
+    right = jit_op.product_of_many
+
+    def spy(x: Tensor, *others: object) -> Tensor:
+        calls.append(len(x))
+        return right(x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jit_op, "product_of_many", spy)
+    for dtype, many in (
+        (BF16, target.many_pairs if target.bfloat16 else target.many_rows),
+        (torch.float32, target.many_rows),
+    ):
+        for name, first in (("w4a16_g64", many), ("w8a16_channel", many and many // 2)):
+            q = weight_of(parse_scheme(name), 16, 64, BF16, 1)
+            spec = LinearSpec.of(q, dtype)
+            packed = BACKEND.prepack(q, spec)
+            calls.clear()
+            for rows in (1, 400) if first is None else (1, first - 1, first):
+                BACKEND.matmul(normal(rows, 64).to(dtype), packed, spec)
+            assert calls == ([] if first is None else [first])
 
 
 @runs_here

@@ -1,0 +1,96 @@
+"""Products of many rows by the just-in-time kernels: dense blocks of the weight, multiplied by torch's own product.
+
+A block is written where the last one was, and a layer is never dense as a whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
+from quantkit.kernels.jit import TYPES, aligned, in_line, multiplies_bfloat16, target_here
+from quantkit.kernels.jit_compile import function
+from quantkit.kernels.jit_dense_ir import dense_ir
+from quantkit.kernels.jit_targets import Target
+from quantkit.kernels.jit_text import Kind
+from quantkit.kernels.jit_threads import parts, run
+from quantkit.kernels.panels import PANEL
+
+_DENSE_WEIGHTS = BLOCK_WEIGHTS
+
+
+def pays(rows: int, bits: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`product_of_many` is faster than the kernels that decode codes as they multiply.
+
+    Args:
+        rows: of x.
+        bits: of a code; those kernels take about twice as long for bytes as for nibbles.
+        dtype: of x.
+    """
+    target = target_here()
+    many = target.many_pairs if multiplies_bfloat16(dtype) else target.many_rows
+    return many is not None and rows * (1 if bits <= 4 else 2) >= many
+
+
+def product_of_many(
+    x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int
+) -> Tensor:
+    """``x @ Wᵀ``, as :func:`quantkit.kernels.jit.product` has it.
+
+    bfloat16 is multiplied with weights that are rounded to bfloat16 where the processor multiplies it; all else in
+    float32.
+    """
+    dtype = x.dtype if multiplies_bfloat16(x.dtype) else torch.float32
+    own = x.to(dtype)
+    y = x.new_empty(x.shape[0], out_features)
+    for start, stop in row_blocks(out_features, x.shape[1], PANEL, _DENSE_WEIGHTS):
+        panels = -(-(stop - start) // PANEL)
+        weight = _TILE.of(panels * PANEL, x.shape[1], dtype)
+        dense(words, scale, zeros, bits, start // PANEL, weight)
+        y[:, start:stop] = linear(own, weight[: stop - start])
+    return y
+
+
+def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, first: int, weight: Tensor) -> None:
+    """Writes the dense weight of some panels, rounded once; arguments as for :func:`quantkit.kernels.jit.product`.
+
+    Args:
+        first: panel.
+        weight: gets it: [16 * panels, in], at least one panel; float32, or bfloat16 where it is multiplied.
+    """
+    words, scale, zeros = in_line(words), in_line(scale), None if zeros is None else in_line(zeros)
+    panels, groups = weight.shape[0] // PANEL, scale.shape[1]
+    kernel = _kernel(
+        target_here(), Kind(bits, weight.shape[1] // groups, zeros is None, TYPES[scale.dtype]), TYPES[weight.dtype]
+    )
+    read = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    cuts = parts(panels, words[first : first + panels].nbytes)
+    run(kernel, [(*read, weight[PANEL * a].data_ptr(), first + a, first + b, groups) for a, b in cuts])
+
+
+class _Tile(threading.local):
+    """The memory of a thread's blocks, which stays: fresh memory costs as much as what is written there."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A matrix with the numbers of the last one, or any."""
+        nbytes = rows * columns * dtype.itemsize
+        if self.memory.numel() < nbytes:
+            self.memory = aligned(torch.empty(nbytes, dtype=torch.uint8))
+        return self.memory[:nbytes].view(dtype).view(rows, columns)
+
+
+_TILE = _Tile()
+
+
+@cache
+def _kernel(target: Target, kind: Kind, dtype: str) -> Callable[..., None]:
+    return function(dense_ir(kind, dtype), target, pointers=4, numbers=3)
