@@ -22,6 +22,7 @@ from quantkit.loader import load
 from quantkit.model_config import open_config
 from quantkit.perplexity import Progress, Windows, plan_windows, score_models
 from quantkit.report import versions
+from quantkit.rounded_head import check_head_bits, round_head
 from quantkit.skeleton import open_skeleton
 from quantkit.source import open_tokenizer, resolve_model
 from quantkit.text import EvaluationText, evaluation_text
@@ -45,9 +46,12 @@ class EvalSpec:
         limit: at most this many windows; None means the whole text.
         batch_size: windows in one forward pass.
         column: column of a table that holds the text.
+        head_bits: the output heads of all models but the first are rounded to so many bits, as ``quantkit.load``
+            does it; the first stays what the others are compared with.
 
     Raises:
-        InputError: ``batch_size`` below 1. (The rest is checked against the text and the models.)
+        InputError: ``batch_size`` below 1, ``head_bits`` out of range. (The rest is checked against the text and
+            the models.)
     """
 
     data: str = "builtin"
@@ -56,8 +60,10 @@ class EvalSpec:
     limit: int | None = None
     batch_size: int = 1
     column: str | None = None
+    head_bits: int | None = None
 
     def __post_init__(self) -> None:
+        check_head_bits(self.head_bits)
         if self.batch_size < 1:
             raise InputError(
                 message("perplexity", f"batch_size={self.batch_size} is no window at all", "use 1 or more")
@@ -190,6 +196,9 @@ def evaluate_on(
     """
     if not models:
         raise InputError(message("perplexity", "no model was given", "name at least one"))
+    if spec.head_bits is not None and len(models) == 1:
+        what = "the first model's head is not rounded, for the others are compared with it, and there is no other"
+        raise InputError(message("head_bits", what, f"name the model twice: {models[0][0]} {models[0][0]}"))
     configs = [(name, open_config(path).get_text_config()) for name, path in models]
     length, rule = _sequence_length(spec.sequence_length, configs)
     sizes = [checkpoint_size(path) for _, path in models]
@@ -197,6 +206,7 @@ def evaluate_on(
     windows = plan_windows(len(tokens), length, spec.stride, spec.limit)
 
     loaded = [(name, open_model(path)) for name, path in models]
+    heads = [] if spec.head_bits is None else [round_head(model, spec.head_bits) for _, model in loaded[1:]]
     scores = score_models(loaded, tokens, windows, batch_size=spec.batch_size, progress=progress)
     results = tuple(
         ModelScore(name, **asdict(score), size_bytes=size.file_bytes, bits_per_weight=size.bits_per_weight)
@@ -216,6 +226,8 @@ def evaluate_on(
         "limit": spec.limit,
         "batch_size": spec.batch_size,
         "kl": "KL(first model || model), mean over the scored tokens, in nats",
+        "head_bits": spec.head_bits,
+        "heads": heads,
         "dtype": _one_or_all([str(model.dtype).removeprefix("torch.") for _, model in loaded]),
         "device": _one_or_all([str(model.device) for _, model in loaded]),
         "versions": versions(),
@@ -255,6 +267,8 @@ def render(evaluation: Evaluation, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    for result, head in zip(evaluation.results[1:], p["heads"], strict=False):
+        console.print(f"{result.model}: {head}.", highlight=False, markup=False)
 
 
 def update_cards(evaluation: Evaluation, paths: Sequence[Path]) -> list[Path]:

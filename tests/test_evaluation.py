@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -132,6 +133,25 @@ def test_dense_and_quantized_directories_compare(pair: list[tuple[str, Path]], q
     assert after.size_bytes < before.size_bytes
     assert calls == [(3, 4), (4, 4)]
     assert got.protocol["text_source"] == str(file)
+
+
+def test_rounded_heads_are_compared_with_the_first(pair: list[tuple[str, Path]]) -> None:
+    """The first model stays as it is; of the others what was done is said; 8 bits lose less than 3."""
+    spec = EvalSpec(sequence_length=LENGTH, limit=3, head_bits=8)
+    same = [pair[0], pair[0]]
+    plain, rounded = evaluate_on(text_of(TEXT), same, spec, open_model).results
+    assert plain.kl == 0 < rounded.kl
+    coarse = evaluate_on(text_of(TEXT), same, replace(spec, head_bits=3), open_model)
+    assert coarse.results[0].perplexity == plain.perplexity
+    assert coarse.results[1].kl > 10 * rounded.kl
+    assert coarse.protocol["head_bits"] == 3
+    out = StringIO()
+    render(coarse, Console(file=out, width=200))
+    assert "one: lm_head: rounded to w3a16_channel_sym for the product" in out.getvalue()
+    with pytest.raises(InputError, match=r"^head_bits: .* there is no other; name the model twice: one one$"):
+        evaluate_on(text_of(TEXT), pair[:1], spec, never)
+    with pytest.raises(InputError, match=r"^head_bits: 9 is not a width; choose 2 to 8$"):
+        EvalSpec(head_bits=9)
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.options import Device, Dtype, quiet, terminal
+from quantkit.cli.options import Device, Dtype, HeadBits, quiet, terminal
 from quantkit.errors import InputError, message
 
 
@@ -39,6 +39,7 @@ def perplexity(
     card: Annotated[
         bool, typer.Option("--card", help="Write the figures into the model cards of directories that quantize wrote.")
     ] = False,
+    head_bits: HeadBits = None,
 ) -> None:
     """Perplexity of models on a text, and what quantizing lost: KL divergence and changed top-1 tokens."""
     from rich.console import Console
@@ -53,12 +54,15 @@ def perplexity(
     if protocol not in ("gptq", "lm-eval"):
         raise InputError(message("--protocol", f"{protocol!r} is none", "use gptq or lm-eval"))
     if protocol == "lm-eval":
-        if stride is not None or batch_size != 1 or card:
-            what = "--stride, --batch-size and --card belong to the protocol gptq"
+        if stride is not None or batch_size != 1 or card or head_bits is not None:
+            what = "--stride, --batch-size, --head-bits and --card belong to the protocol gptq"
             raise InputError(message("--protocol lm-eval", what, "leave them out"))
         _by_documents(models, data, column, sequence_length, limit, device, dtype, json)
         return
-    spec = EvalSpec(data, sequence_length, stride, limit, batch_size, column)
+    if card and head_bits is not None:
+        what = "a card tells what the checkpoint itself scores, and --head-bits rounds a head that it does not"
+        raise InputError(message("--card", what, "leave one of them out"))
+    spec = EvalSpec(data, sequence_length, stride, limit, batch_size, column, head_bits)
     console = terminal()
     with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scoring", total=None)

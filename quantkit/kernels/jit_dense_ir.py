@@ -110,17 +110,18 @@ class _Writer(Lines):
     def _transposed(self, vectors: list[str]) -> list[str]:
         """n times <16 x i32> to 16 times <n x i32>, by the shuffles that processors have: within 128 bits first."""
         if len(vectors) == 2:
-            return [self._picked(*vectors, "i32", [row, 16 + row]) for row in range(16)]
+            first, second = vectors
+            return [self._picked(first, second, "i32", [row, 16 + row]) for row in range(16)]
         # quads[q][j], 128 bits of lane l: of row 4 l + j, the columns 4 q to 4 q + 3.
         quads = [self._quad(vectors[start : start + 4]) for start in range(0, len(vectors), 4)]
         return [self._row(quads, *divmod(row, 4)) for row in range(16)]
 
     def _quad(self, vectors: list[str]) -> list[str]:
         a, b, c, d = vectors
-        low = [self._within(a, b, [0, 16, 1, 17]), self._within(c, d, [0, 16, 1, 17])]
-        high = [self._within(a, b, [2, 18, 3, 19]), self._within(c, d, [2, 18, 3, 19])]
+        low = self._within(a, b, [0, 16, 1, 17]), self._within(c, d, [0, 16, 1, 17])
+        high = self._within(a, b, [2, 18, 3, 19]), self._within(c, d, [2, 18, 3, 19])
         first, second = [0, 1, 16, 17], [2, 3, 18, 19]
-        return [self._within(*pair, lanes) for pair in (low, high) for lanes in (first, second)]
+        return [self._within(one, other, lanes) for one, other in (low, high) for lanes in (first, second)]
 
     def _within(self, a: str, b: str, lanes: list[int]) -> str:
         """The same lanes of two vectors, in each 128 bits."""
@@ -133,7 +134,7 @@ class _Writer(Lines):
             return self._picked(own[0], "poison", "i32", part)
         both = part + [16 + place for place in part]
         halves = [self._picked(a, b, "i32", both) for a, b in zip(own[::2], own[1::2], strict=True)]
-        return halves[0] if len(halves) == 1 else self._picked(*halves, "i32", list(range(16)), 8)
+        return halves[0] if len(halves) == 1 else self._picked(halves[0], halves[1], "i32", list(range(16)), 8)
 
     def _picked(self, a: str, b: str, kind: str, lanes: list[int], size: int = 16) -> str:
         """These lanes of two vectors of ``size`` lanes, one after the other."""

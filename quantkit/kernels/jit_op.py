@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.jit import product
+from quantkit.kernels.jit_amx import fits, product_by_amx
 from quantkit.kernels.jit_dense import pays, product_of_many
 from quantkit.kernels.order import reordered
 
@@ -37,7 +38,10 @@ def _product(
     x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, order: Tensor | None, bits: int, out_features: int
 ) -> Tensor:
     x = reordered(x, order).contiguous()
-    chosen = product_of_many if pays(x.shape[0], bits, x.dtype) else product
+    rows, group = x.shape[0], x.shape[1] // scale.shape[1]
+    if pays(rows, bits, group, x.dtype):
+        return product_of_many(x, words, scale, zeros, bits, out_features)
+    chosen = product_by_amx if rows > 1 and fits(x.dtype, group) else product
     return chosen(x, words, scale, zeros, bits, out_features)
 
 

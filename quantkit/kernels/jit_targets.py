@@ -26,6 +26,7 @@ class Target:
         tile: tokens for which a weight is decoded once; their sums stay in registers.
         chains: sums of one token that do not wait for each other.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
+        amx: whether it multiplies matrices of bfloat16 (:mod:`quantkit.kernels.jit_amx_ir`).
         many_pairs: rows of bfloat16 x from which on torch's product with dense blocks of the weight is faster than
             those kernels, for codes of up to 4 bits (:mod:`quantkit.kernels.jit_dense`); None: it is not.
         many_rows: the same for what is multiplied in float32.
@@ -40,6 +41,7 @@ class Target:
     tile: int
     chains: int
     bfloat16: bool
+    amx: bool
     many_pairs: int | None
     many_rows: int | None
     tried: tuple[torch.dtype, ...]
@@ -51,15 +53,15 @@ _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _X86, _ARM = "x86_64", "aarch64"
 # Where many rows begin: measured with 4096 x 4096 on one core of a Xeon with AMX, as it is and without what a lesser
 # target lacks. Kernels / dense blocks of W4 g64, ms of CPU time: avx512_bf16 27/31 at 64 rows, 51/51 at 128 (W8 46/32,
-# 90/52); amx 7/11 at 16, 14/13 at 32; avx512 31/40 at 128, 77/72 at 256. On a Zen 3 the kernels of avx2 take 0.6 of the
-# time of torch's dense float32 product at 128 rows: blocks would gain nothing.
+# 90/52); avx512 31/40 at 128, 77/72 at 256; amx, where groups are not whole tiles, 7/11 at 16, 14/13 at 32. On a Zen 3
+# the kernels of avx2 take 0.6 of the time of torch's dense float32 product at 128 rows: blocks would gain nothing.
 _AMX = ("avx512_bf16", "amx_tile", "amx_bf16")
 TARGETS = (
-    Target("amx", (*_AVX512, *_AMX), _X86, "", 12, 4, True, 24, 192, _ALL, "sapphirerapids"),
-    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, 4, True, 96, 192, _ALL, "znver4"),
-    Target("avx512", _AVX512, _X86, "", 12, 4, False, None, 192, _ALL, "skylake-avx512"),
-    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, None, None, _ALL, "znver3"),
-    Target("neon", (), _ARM, "", 4, 2, False, None, None, (), "neoverse-n1"),
+    Target("amx", (*_AVX512, *_AMX), _X86, "", 12, 4, True, True, 24, 192, _ALL, "sapphirerapids"),
+    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, 4, True, False, 96, 192, _ALL, "znver4"),
+    Target("avx512", _AVX512, _X86, "", 12, 4, False, False, None, 192, _ALL, "skylake-avx512"),
+    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, False, None, None, _ALL, "znver3"),
+    Target("neon", (), _ARM, "", 4, 2, False, False, None, None, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""
 
@@ -94,5 +96,7 @@ def available() -> list[Target]:
     return [
         target
         for target in TARGETS
-        if target.architecture == architecture and all(capabilities.get(name) for name in target.needs)
+        if target.architecture == architecture
+        and all(capabilities.get(name) for name in target.needs)
+        and (not target.amx or torch.cpu._init_amx())  # Linux gives a process these registers when it asks for them
     ]

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from quantkit.errors import KernelError
 from quantkit.grid import dequantize, quantize_groups
-from quantkit.kernels import JitBackend, LinearSpec, jit_dense, jit_op
+from quantkit.kernels import JitBackend, LinearSpec, jit_amx, jit_dense, jit_op
 from quantkit.kernels import jit_backend as module
 from quantkit.kernels.jit_targets import VARIABLE, Target, available
 from quantkit.kernels.panels import pack_codes, pack_groups, unpack_codes, unpack_groups
@@ -170,25 +170,67 @@ def test_where_many_rows_begin(target: Target, monkeypatch: pytest.MonkeyPatch) 
     """At the target's number of rows for nibbles, at half of it for bytes; never where it has none."""
     monkeypatch.setenv(VARIABLE, target.name)
     calls: list[int] = []
-    right = jit_op.product_of_many
+    right = jit_dense.product_of_many
 
     def spy(x: Tensor, *others: object) -> Tensor:
         calls.append(len(x))
         return right(x, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(jit_op, "product_of_many", spy)
-    for dtype, many in (
-        (BF16, target.many_pairs if target.bfloat16 else target.many_rows),
-        (torch.float32, target.many_rows),
-    ):
-        for name, first in (("w4a16_g64", many), ("w8a16_channel", many and many // 2)):
-            q = weight_of(parse_scheme(name), 16, 64, BF16, 1)
-            spec = LinearSpec.of(q, dtype)
-            packed = BACKEND.prepack(q, spec)
-            calls.clear()
-            for rows in (1, 400) if first is None else (1, first - 1, first):
-                BACKEND.matmul(normal(rows, 64).to(dtype), packed, spec)
-            assert calls == ([] if first is None else [first])
+    pairs = target.many_pairs if target.bfloat16 else target.many_rows
+    cases = [(BF16, "w4a16_g8", pairs), (BF16, "w8a16_g8", pairs and pairs // 2)]
+    cases += [(torch.float32, "w4a16_g64", target.many_rows), (BF16, "w4a16_g64", 320 if target.amx else pairs)]
+    for dtype, name, first in cases:
+        q = weight_of(parse_scheme(name), 16, 64, BF16, 1)
+        spec = LinearSpec.of(q, dtype)
+        packed = BACKEND.prepack(q, spec)
+        calls.clear()
+        for rows in (1, 400) if first is None else (1, first - 1, first):
+            BACKEND.matmul(normal(rows, 64).to(dtype), packed, spec)
+        assert calls == ([] if first is None else [first])
+
+
+@pytest.mark.skipif(not any(target.amx for target in available()), reason="this CPU has no AMX")
+@runs_here
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(2, 8),
+    st.sampled_from([32, 64, 96, 160, None]),
+    st.booleans(),
+    st.integers(1, 70),
+    st.integers(1, 3),
+    st.integers(1, 130),
+    st.sampled_from([BF16, torch.float32]),
+    st.integers(0, 9999),
+)
+def test_the_processors_matrices_give_the_numbers_of_its_vectors(
+    bits: int,
+    group: int | None,
+    symmetric: bool,
+    out_features: int,
+    groups: int,
+    tokens: int,
+    scale_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Up to the order of float32 sums, for any rows of x and of the weight; threads change nothing."""
+    q = weight_of(QuantScheme(bits, group, symmetric), out_features, groups * (group or 64), scale_dtype, seed)
+    packed = BACKEND.prepack(q, LinearSpec.of(q, BF16))
+    assert jit_amx.fits(BF16, q.scheme.columns_per_group(q.in_features))
+    x = (normal(tokens, q.in_features, seed=seed) + 0.3).to(BF16)
+    arguments = (packed["words"], packed["panel_scale"], packed.get("panel_zero"), bits, out_features)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkit.kernels.jit_threads.THREAD_BYTES", 1)
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(jit_amx.product_by_amx(x, *arguments))
+        torch.set_num_threads(1)
+    assert torch.equal(*found)
+    exact = x.double() @ dequantize(q, torch.float64).T
+    limit = (linear(x, dequantize(q, BF16)).double() - exact).norm()
+    sizes = x.double().abs() @ dequantize(q, torch.float64).abs().T
+    assert float((found[0].double() - exact).norm()) <= 2 * float(limit) + 1e-6 * float(sizes.norm())
 
 
 @runs_here
