@@ -16,10 +16,6 @@ import torch
 from torch import Tensor
 
 REPOSITORY = Path(__file__).parent.parent
-TEXT = (
-    "The built-in function returns a new list that contains the same items as the argument, in the order of "
-    "iteration. If the argument is missing, an exception is raised."
-)
 # bf16 clients lie within 0.01 of the negative log-likelihood and 0.05 of the mean difference on a trained model.
 NLL_BOUND, MEAN_BOUND = 0.01, 0.05
 

@@ -6,7 +6,7 @@ and 512 of SmolLM2) equal quantkit's within the bounds for bfloat16; where it fi
 others. A checkpoint with wrong scales exceeds the bounds.
 
 QUANTKIT_SMOLLM2 names the model that evals/smollm2/prepare.py writes. With QUANTKIT_CLIENTS_TABLE=1, what was measured
-goes to clients.json and to the table in docs/formats-and-loaders.md.
+goes to clients.json, and to the tables in docs/formats-and-loaders.md and README.md.
 """
 
 from __future__ import annotations
@@ -19,19 +19,14 @@ from typing import Any
 
 import pytest
 from client_cases import MODELS, RECIPES, SMOLLM2, SPOILT, Checkpoints, format_of_recipe, is_asked
-from client_table import Outcome, record
+from client_table import Outcome, is_close, record
 from peer_clients import CLIENTS, Answers, Client, ask, own_logprobs
-from peer_programs import MEAN_BOUND, NLL_BOUND, interpreter
+from peer_programs import interpreter
 
 from quantkit.verify import verify
 
 pytestmark = pytest.mark.peer
 
-# Programs that round to bfloat16, each in its way, differ by sqrt(2) times what one of them differs from float32, and
-# no less can be asked. Of SmolLM2 rounded to nearest the one is 0.046 with 4 bits and 0.247 with W8A8.
-OWN_ROUNDING = 1.5
-# Activations are rounded in bfloat16 there, in float32 here; on a trained model, and on random ones.
-INT8_BOUNDS, INT8_RANDOM_BOUNDS = (0.03, 0.25), (0.03, 0.1)
 CASES = [
     pytest.param(client, model, recipe, id=f"{client.name}-{model}-{recipe}")
     for client in CLIENTS
@@ -106,16 +101,6 @@ def test_it_does_what_verify_says(client: Client, model: str, recipe: str, sessi
         assert not is_close(found, model, recipe)
     else:
         assert is_close(found, model, recipe), found
-
-
-def is_close(found: Outcome, model: str, recipe: str) -> bool:
-    """Whether it loaded, and gave quantkit's log-probabilities."""
-    nll, mean = (NLL_BOUND, MEAN_BOUND)
-    if "w8a8" in recipe:
-        nll, mean = INT8_BOUNDS if model == SMOLLM2 else INT8_RANDOM_BOUNDS
-    if "rounding" in found:
-        mean = max(mean, OWN_ROUNDING * found["rounding"])
-    return "refused" not in found and abs(found["nll"]) < nll and found["mean"] < mean
 
 
 def said_before(client: Client, path: Path) -> list[str]:

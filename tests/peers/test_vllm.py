@@ -13,6 +13,7 @@ from peer_clients import VLLM, Answers, ask, builtin_ids, own_logprobs
 from peer_programs import assert_close, interpreter
 
 import quantkit
+from quantkit.kernels.byte_product import onednn_is_exact
 
 pytestmark = pytest.mark.peer
 
@@ -67,6 +68,8 @@ def test_same_log_probabilities_with_8_bit_activations(
     name: str, directory: Path, ids: list[int], said: Answers
 ) -> None:
     """Activations are rounded in bfloat16 there, in float32 here: 0.03 and 0.25 on a trained model."""
+    if not onednn_is_exact():
+        pytest.skip("without VNNI its product of bytes saturates: verify's note cpu-vnni")
     assert_close(own_logprobs(directory / name, ids), said.given(name), nll=0.03, mean=0.25)
 
 
