@@ -262,7 +262,7 @@ TARGETS = [
     ("packed", "vllm", []),
     ("packed", "sglang", []),
     ("packed", "transformers", ["transformers-asymmetric"]),
-    ("int8", "vllm-cpu", []),
+    ("int8", "vllm-cpu", ["cpu-vnni"]),
     ("int8", "transformers", []),
     ("3 bits", "vllm", []),
     ("3 bits", "sglang", ["sglang-bits"]),
