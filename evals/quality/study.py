@@ -39,6 +39,7 @@ from quantkit.source import open_tokenizer, resolve_model
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent.parent / "recipes"
+TUNED = HERE / "recipes" / "gptq-tuned.yaml"
 PLAIN = HERE / "recipes" / "gptq-plain.yaml"  # the options that all programs have
 RESULTS, README = HERE / "results.json", HERE / "README.md"
 MB = 1e6
@@ -96,6 +97,7 @@ RUNS = (
     *(Run("quantkit", s, "gptq", recipe_options(s)) for s in NAMES),
     *(Run("quantkit", s, "gptq-one-pass", ("--scheme", name)) for s, name in NAMES.items()),  # without a recipe
     *(Run("quantkit", "w8a8", r, ("--recipe", str(RECIPES / f"w8a8-{r}.yaml"))) for r in W8A8_RECIPES),
+    *(Run("quantkit", s, "gptq-tuned", ("--recipe", str(TUNED), "--scheme", name)) for s, name in NAMES.items()),
     *(Run("quantkit", s, "gptq-plain", ("--recipe", str(PLAIN), "--scheme", name)) for s, name in _PLAIN.items()),
 )
 
