@@ -14,8 +14,9 @@ from quantkit.heap import trim
 from quantkit.layer_plan import LayerPlan
 from quantkit.measuring import Measuring
 from quantkit.plan import Plan
+from quantkit.precision import PRODUCTS_IN_FLOAT32, forward_products, has_bfloat16_products
 from quantkit.qtensor import QuantizedTensor
-from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Observer, Stage, Step
+from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Note, Observer, Stage, Step
 from quantkit.skeleton import Skeleton, assign, set_weight
 from quantkit.solving import SolvedLayer, solve_group
 from quantkit.staging import Staging
@@ -51,6 +52,13 @@ class Pipeline:
     @torch.no_grad()
     def run(self) -> list[LayerRecord]:
         """Quantize everything that is not on disk yet; returns the records of all layers."""
+        dense = self.plan.dtype == torch.bfloat16 and self.device.type == "cpu" and self.plan.runs_blocks
+        if dense and not has_bfloat16_products():
+            self.observer(Note(PRODUCTS_IN_FLOAT32))
+        with forward_products():
+            return self._run()
+
+    def _run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
         blocks = len(self.skeleton.blocks)
         pending = not all(self.staging.is_done(index) for index in range(self._runner.last_measured))

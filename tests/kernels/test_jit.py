@@ -216,10 +216,11 @@ def test_the_processors_matrices_give_the_numbers_of_its_vectors(
     """Up to the order of float32 sums, for any rows of x and of the weight; threads change nothing."""
     q = weight_of(QuantScheme(bits, group, symmetric), out_features, groups * (group or 64), scale_dtype, seed)
     packed = BACKEND.prepack(q, LinearSpec.of(q, BF16))
-    assert jit_amx.fits(BF16, q.scheme.columns_per_group(q.in_features))
     x = (normal(tokens, q.in_features, seed=seed) + 0.3).to(BF16)
     arguments = (packed["words"], packed["panel_scale"], packed.get("panel_zero"), bits, out_features)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "amx")
+        assert jit_amx.fits(BF16, q.scheme.columns_per_group(q.in_features))
         patch.setattr("quantkit.kernels.jit_threads.THREAD_BYTES", 1)
         found = []
         for threads in (1, 2):
