@@ -263,6 +263,7 @@ TARGETS = [
     ("packed", "sglang", []),
     ("packed", "transformers", ["transformers-asymmetric"]),
     ("int8", "vllm-cpu", ["cpu-vnni"]),
+    ("gptq_sym", "vllm-cpu", ["cpu-avx512", "cpu-w4a8"]),
     ("int8", "transformers", []),
     ("3 bits", "vllm", []),
     ("3 bits", "sglang", ["sglang-bits"]),
