@@ -338,14 +338,14 @@ def test_a_note_is_no_failure(sound: Callable[[str], Path], spoiled: Callable[..
     printed = run(app, noted)
     assert printed.exit_code == 0
     assert "AVX-512" in " ".join(printed.stdout.split())
-    assert "0 errors, 0 warnings, 1 notes" in printed.stdout
+    assert "0 errors, 0 warnings, 2 notes" in printed.stdout
     found = json.loads(run(app, [*noted, "--json"]).stdout)
-    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (True, ["note"])
+    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (True, ["note", "note"])
     path = spoiled("packed", _put("model.x", torch.ones(2)))
     warned = run(app, ["verify", str(path), "--target", "vllm-cpu", "--json"])
     assert warned.exit_code == 1
     found = json.loads(warned.stdout)
-    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (False, ["warning", "note"])
+    assert (found["ok"], [finding["severity"] for finding in found["findings"]]) == (False, ["warning", "note", "note"])
 
 
 @pytest.mark.parametrize(
