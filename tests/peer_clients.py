@@ -46,12 +46,14 @@ for name in work:
     tell(name, open_model, logprobs)
 """
 _DEQUANTIZED = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-# On CPUs with AMX it would round the inputs of 4-bit layers to 8 bits (verify's note cpu-w4a8), as quantkit does not.
+# On CPUs with AMX it would round the inputs of 4-bit layers to 8 bits (verify's note cpu-w4a8), as quantkit does not; its
+# product that does not round them does not ask Linux for AMX either, and dies of an illegal instruction.
 # Its build for CPUs without AVX-512 has no product with 4-bit weights: there it loads, fuses and packs them, and this
 # multiplies by what it packed, blocks of 16 outputs with two words for each input.
 _VLLM = """
 import gc, os, torch
 os.environ["VLLM_CPU_INT4_W4A8"] = "0"
+torch.cpu._init_amx()
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
