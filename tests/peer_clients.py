@@ -46,8 +46,8 @@ for name in work:
     tell(name, open_model, logprobs)
 """
 _DEQUANTIZED = ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-# On CPUs with AMX it would round the inputs of 4-bit layers to 8 bits (verify's note cpu-w4a8), as quantkit does not; its
-# product that does not round them does not ask Linux for AMX either, and dies of an illegal instruction.
+# On CPUs with AMX it would round the inputs of 4-bit layers to 8 bits (verify's note cpu-w4a8), as quantkit does not;
+# its product that does not round them does not ask Linux for AMX either, and dies of an illegal instruction.
 # Its build for CPUs without AVX-512 has no product with 4-bit weights: there it loads, fuses and packs them, and this
 # multiplies by what it packed, blocks of 16 outputs with two words for each input.
 _VLLM = """
