@@ -44,7 +44,7 @@ class LayerFacts:
         reordered: whether the groups are not in the order of the columns (g_idx).
         fused: whether the layers that engines fuse with it have its scheme: ``equal`` or ``unequal``; ``none``: alone.
         experts: whether all experts of its block have its scheme; ``none``: no expert.
-        kept_experts: whether some experts of the model are not quantized.
+        uneven_experts: whether the experts of the whole model have more than one scheme, or some of them none.
         several_schemes: whether the checkpoint has more than one.
         some_asymmetric: whether one of them is asymmetric.
         dtype: of the model, such as ``bfloat16``.
@@ -63,7 +63,7 @@ class LayerFacts:
     reordered: bool
     fused: Relation
     experts: Relation
-    kept_experts: bool
+    uneven_experts: bool
     several_schemes: bool
     some_asymmetric: bool
     dtype: str
@@ -83,7 +83,7 @@ def layer_facts(
     *,
     kind: Kind,
     related: tuple[Relation, Relation],
-    kept_experts: bool,
+    uneven_experts: bool,
     used: Collection[QuantScheme],
     dtype: torch.dtype,
 ) -> LayerFacts:
@@ -95,7 +95,7 @@ def layer_facts(
         scheme: of the layer.
         kind: see :class:`LayerFacts`.
         related: of :func:`relations`.
-        kept_experts: see :class:`LayerFacts`.
+        uneven_experts: see :class:`LayerFacts`.
         used: all schemes of the checkpoint.
         dtype: of the model.
     """
@@ -112,7 +112,7 @@ def layer_facts(
         False,
         False,
         *related,
-        kept_experts,
+        uneven_experts,
         len(used) > 1,
         not all(one.symmetric for one in used),
         str(dtype).removeprefix("torch."),

@@ -24,7 +24,8 @@ def model_facts(
     """
     experts = {info.name: info.expert.module for info in skeleton.linears if info.expert is not None}
     related = relations({info.name: schemes.get(info.name) for info in skeleton.linears}, experts)
-    kept = bool(skeleton.opaque_experts) or any(name not in schemes for name in experts)
+    of_experts = {schemes.get(name) for name in experts}
+    uneven = bool(skeleton.opaque_experts) or None in of_experts or len(of_experts) > 1
     head, used = skeleton.head_name(), set(schemes.values())
     for info in skeleton.linears:
         if info.name in schemes:
@@ -34,7 +35,7 @@ def model_facts(
                 schemes[info.name],
                 kind=_kind(info, head),
                 related=related[info.name],
-                kept_experts=kept,
+                uneven_experts=uneven,
                 used=used,
                 dtype=dtype,
             )

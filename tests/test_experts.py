@@ -178,3 +178,14 @@ def test_a_marked_expert_is_left_out() -> None:
     split = SplitExperts(stacked, info, torch.float32)
     out = split(torch.ones(3, 4), torch.full((3, 1), 2), torch.ones(3, 1))
     assert torch.equal(out, torch.zeros(3, 4))
+
+
+def test_experts_of_several_schemes_are_noted_also_where_those_of_a_block_have_one(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers decodes the experts of all blocks by one scheme: what it fails on is said before."""
+    for name, rules in (("even", []), ("uneven", [{"match": "*.2.mlp.experts.*", "scheme": "w8a16_g32"}])):
+        recipe = {"scheme": "w4a16_g32", "method": "rtn", "rules": rules}
+        report = quantkit.quantize(tiny("mixtral"), tmp_path / name, recipe=recipe).report
+        noted = any("takes all experts as quantized by one symmetric scheme" in note for note in report["notes"])
+        assert noted == (name == "uneven")

@@ -27,7 +27,7 @@ def facts(scheme: str = "w4a16_g128", fmt: str = "compressed-tensors") -> LayerF
     parsed = parse_scheme(scheme)
     related: tuple[Relation, Relation] = ("equal", "none")
     return layer_facts(
-        "a", fmt, parsed, kind="linear", related=related, kept_experts=False, used=[parsed], dtype=torch.float16
+        "a", fmt, parsed, kind="linear", related=related, uneven_experts=False, used=[parsed], dtype=torch.float16
     )
 
 
@@ -80,7 +80,7 @@ def test_several_schemes_in_transformers() -> None:
             used[0],
             kind="linear",
             related=("equal", "none"),
-            kept_experts=False,
+            uneven_experts=False,
             used=used,
             dtype=torch.float16,
         )
