@@ -21,7 +21,7 @@ from quantkit.errors import CalibrationError, CheckpointError, InputError, messa
 from quantkit.loader import load
 from quantkit.model_config import open_config
 from quantkit.perplexity import Progress, Windows, plan_windows, score_models
-from quantkit.precision import PRODUCTS_IN_FLOAT32, has_bfloat16_products
+from quantkit.precision import products_note
 from quantkit.report import versions
 from quantkit.rounded_head import check_head_bits, round_head
 from quantkit.skeleton import open_skeleton
@@ -227,7 +227,7 @@ def evaluate_on(
         "limit": spec.limit,
         "batch_size": spec.batch_size,
         "kl": "KL(first model || model), mean over the scored tokens, in nats",
-        "products": None if not _in_float32([model for _, model in loaded]) else PRODUCTS_IN_FLOAT32,
+        "products": next(filter(None, (products_note(model.dtype, model.device) for _, model in loaded)), None),
         "head_bits": spec.head_bits,
         "heads": heads,
         "dtype": _one_or_all([str(model.dtype).removeprefix("torch.") for _, model in loaded]),
@@ -235,12 +235,6 @@ def evaluate_on(
         "versions": versions(),
     }
     return Evaluation(results, protocol)
-
-
-def _in_float32(models: Sequence[PreTrainedModel]) -> bool:
-    """Whether linear layers of some model are multiplied as :func:`quantkit.precision.forward_products` says."""
-    here = any(model.dtype == torch.bfloat16 and model.device.type == "cpu" for model in models)
-    return here and not has_bfloat16_products()
 
 
 def render(evaluation: Evaluation, console: Console) -> None:

@@ -14,7 +14,7 @@ from quantkit.heap import trim
 from quantkit.layer_plan import LayerPlan
 from quantkit.measuring import Measuring
 from quantkit.plan import Plan
-from quantkit.precision import PRODUCTS_IN_FLOAT32, forward_products, has_bfloat16_products
+from quantkit.precision import forward_products, products_note
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Note, Observer, Stage, Step
 from quantkit.skeleton import Skeleton, assign, set_weight
@@ -52,9 +52,9 @@ class Pipeline:
     @torch.no_grad()
     def run(self) -> list[LayerRecord]:
         """Quantize everything that is not on disk yet; returns the records of all layers."""
-        dense = self.plan.dtype == torch.bfloat16 and self.device.type == "cpu" and self.plan.runs_blocks
-        if dense and not has_bfloat16_products():
-            self.observer(Note(PRODUCTS_IN_FLOAT32))
+        note = products_note(self.plan.dtype, self.device)
+        if note is not None and self.plan.runs_blocks:
+            self.observer(Note(note))
         with forward_products():
             return self._run()
 

@@ -43,7 +43,7 @@ def _has_bfloat16() -> bool:
 PRODUCTS_IN_FLOAT32 = (
     "linear layers in float32, each result rounded once to bfloat16: this CPU has no products of bfloat16"
 )
-"""What :func:`forward_products` does where it does something, for users."""
+"""What :func:`products_note` says."""
 
 
 def forward_products() -> AbstractContextManager[object]:
@@ -55,6 +55,12 @@ def forward_products() -> AbstractContextManager[object]:
     multiplied. Nothing changes on other processors, nor where gradients are recorded.
     """
     return nullcontext() if has_bfloat16_products() else _ProductsInFloat32()
+
+
+def products_note(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What :func:`forward_products` does to a model of this dtype there, for users; None: nothing."""
+    concerned = dtype == torch.bfloat16 and device.type == "cpu"
+    return PRODUCTS_IN_FLOAT32 if concerned and not has_bfloat16_products() else None
 
 
 @cache

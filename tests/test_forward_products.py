@@ -22,7 +22,6 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
-    monkeypatch.setattr("quantkit.pipeline.has_bfloat16_products", lambda: False)
 
 
 @pytest.mark.parametrize("bias", [False, True])

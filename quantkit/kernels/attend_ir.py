@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import struct
 
-from quantkit.kernels.jit_text import SIZES, Lines
+from quantkit.kernels import native_ir
+from quantkit.kernels.jit_text import SIZES
 
 LANES = 16
 """Positions that are looked at together, and what sizes are multiples of."""
 
 OPERATOR = "attend"
-SYMBOLS = (
-    "aoti_torch_get_data_ptr",
-    "aoti_torch_get_dtype",
-    "aoti_torch_get_sizes",
-    "aoti_torch_empty_strided",
-    "aoti_torch_delete_tensor_object",
-    "torch_parallel_for",
-)
+SYMBOLS = (*native_ir.SYMBOLS, "aoti_torch_get_sizes")
 """What the module calls of torch's library."""
 
 _HEADER = f"""\
-declare i32 @aoti_torch_get_data_ptr(ptr, ptr)
-declare i32 @aoti_torch_get_dtype(ptr, ptr)
-declare i32 @aoti_torch_get_sizes(ptr, ptr)
-declare i32 @aoti_torch_empty_strided(i64, ptr, ptr, i32, i32, i32, ptr)
-declare i32 @aoti_torch_delete_tensor_object(ptr)
-declare i32 @torch_parallel_for(i64, i64, i64, ptr, ptr)
+{native_ir.HEADER}declare i32 @aoti_torch_get_sizes(ptr, ptr)
 declare <{LANES} x float> @llvm.fma.v{LANES}f32(<{LANES} x float>, <{LANES} x float>, <{LANES} x float>)
 declare <{LANES} x float> @llvm.rint.v{LANES}f32(<{LANES} x float>)
 declare <{LANES} x float> @llvm.maxnum.v{LANES}f32(<{LANES} x float>, <{LANES} x float>)
@@ -45,7 +34,6 @@ _INPUTS = ("q", "keys", "values", "mask")  # tensors, in the operator's order; t
 _CONTEXT = (*_INPUTS, "y", "scale", "groups", "length", "size", "value_size")
 _VECTOR = f"<{LANES} x float>"
 _THREAD_PRODUCTS = 1 << 18  # with fewer a thread is not worth starting
-_CPU, _NO_INDEX = 0, -1  # a device, for torch
 _LOWEST = -1e30  # below every score; finite, so that differences are numbers
 # exp2 on [-1/2, 1/2]: the Taylor series of exp(x ln 2), wrong by 2e-8 at most.
 _EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443)
@@ -68,7 +56,7 @@ def number(value: float) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"
 
 
-class _Writer(Lines):
+class _Writer(native_ir.OperatorLines):
     def splat_of(self, value: float) -> str:
         return f"splat (float {number(value)})"
 
@@ -246,14 +234,12 @@ def _end(writer: _Writer, y: str, sums: str, value_size: str, kind: str) -> None
 def _operator() -> list[str]:
     """Unwraps the inputs, makes the output, runs the heads, lets go of the inputs."""
     writer = _Writer()
-    writer.lines.append(f"define void @{OPERATOR}(ptr %stack, i64 %inputs, i64 %outputs) {{")
+    writer.begin(OPERATOR)
     context = writer.let(f"alloca [{len(_CONTEXT)} x i64]")
     shape, strides, asked = (writer.let(f"alloca [{n} x i64]") for n in (4, 4, 3))
     made, dtype = writer.let("alloca ptr"), writer.let("alloca i32")
     places = {name: writer.after(context, 8 * i) for i, name in enumerate(_CONTEXT)}
-    handles = {key: writer.let(f"load ptr, ptr {writer.after('%stack', 8 * i)}") for i, key in enumerate(_INPUTS)}
-    for key, handle in handles.items():
-        writer.let(f"call i32 @aoti_torch_get_data_ptr(ptr {handle}, ptr {places[key]})")
+    handles = writer.tensors({key: places[key] for key in _INPUTS})
     dims = []
     for i, key in enumerate(_INPUTS[:3]):
         place = writer.after(asked, 8 * i)
@@ -269,18 +255,12 @@ def _operator() -> list[str]:
     writer.lines.append(f"  store float {writer.let(f'fptrunc double {scale} to float')}, ptr {places['scale']}")
     writer.let(f"call i32 @aoti_torch_get_dtype(ptr {handles['q']}, ptr {dtype})")
     whole = writer.let(f"mul i64 {heads}, {value_size}")
-    for d, (extent, stride) in enumerate((("1", whole), ("1", whole), (heads, value_size), (value_size, "1"))):
-        writer.lines.append(f"  store i64 {extent}, ptr {writer.after(shape, 8 * d)}")
-        writer.lines.append(f"  store i64 {stride}, ptr {writer.after(strides, 8 * d)}")
+    writer.extents((shape, strides), ("1", "1", heads, value_size), (whole, whole, value_size, "1"))
     kind = writer.let(f"load i32, ptr {dtype}")
-    where = f"i32 {kind}, i32 {_CPU}, i32 {_NO_INDEX}, ptr {made}"
-    writer.let(f"call i32 @aoti_torch_empty_strided(i64 4, ptr {shape}, ptr {strides}, {where})")
-    output = writer.let(f"load ptr, ptr {made}")
-    writer.let(f"call i32 @aoti_torch_get_data_ptr(ptr {output}, ptr {places['y']})")
+    output = writer.empty(kind, 4, (shape, strides), made)
+    writer.data(output, places["y"])
     _run(writer, kind, heads, (length, size, value_size), context)
-    for handle in handles.values():
-        writer.let(f"call i32 @aoti_torch_delete_tensor_object(ptr {handle})")
-    writer.lines += [f"  store ptr {output}, ptr %stack", "  ret void", "}"]
+    writer.end(handles.values(), output)
     return writer.lines
 
 

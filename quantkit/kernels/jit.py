@@ -36,9 +36,18 @@ def aligned(tensor: Tensor) -> Tensor:
     return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def in_line(tensor: Tensor) -> Tensor:
-    """As it is, or a copy where somebody (torch.compile, a copy of a module) moved it to another address."""
+def weight_in_line(words: Tensor, scale: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As they are, or copies where somebody (torch.compile, a copy of a module) moved them to another address."""
+    return _in_line(words), _in_line(scale), None if zeros is None else _in_line(zeros)
+
+
+def _in_line(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else aligned(tensor)
+
+
+def weight_pointers(words: Tensor, scale: Tensor, zeros: Tensor | None) -> tuple[int, int, int]:
+    """What kernels take first: addresses, 0 where there are no zero points."""
+    return words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr()
 
 
 def multiplies_bfloat16(dtype: torch.dtype) -> bool:
@@ -60,7 +69,7 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     Returns:
         x's dtype [tokens, out].
     """
-    words, scale, zeros = in_line(words), in_line(scale), None if zeros is None else in_line(zeros)
+    words, scale, zeros = weight_in_line(words, scale, zeros)
     y = torch.empty(x.shape[0], scale.shape[0] * PANEL, dtype=x.dtype)
     if y.numel():
         fill = _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
@@ -103,7 +112,7 @@ def kernel_of_one_row(bits: int, group: int, symmetric: bool, scale: torch.dtype
 def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
     """The product by the kernel that multiplies float32."""
     (panels, groups), in_features, target = scale.shape[:2], x.shape[1], target_here()
-    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    weight = weight_pointers(words, scale, zeros)
     cuts = parts(panels, words.nbytes)
     for start, tokens, tiles in tiles_of(x.shape[0], target.tile):
         kernel = tile_kernel(target, bits, in_features // groups, zeros is None, scale.dtype, x.dtype, tokens)
@@ -120,7 +129,7 @@ def _fill_by_pairs(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None
     panels, groups = scale.shape[:2]
     tokens, in_features = x.shape
     sums = x if zeros is None else x.view(tokens, groups, in_features // groups).sum(-1, dtype=torch.float32)
-    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    weight = weight_pointers(words, scale, zeros)
     for start in range(0, tokens, MOST_TOKENS):
         kernel = _pairs_kernel(
             bits, in_features // groups, min(tokens - start, MOST_TOKENS), zeros is None, scale.dtype

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantkit.kernels.jit import TYPES, in_line, multiplies_bfloat16, tables, target_here
+from quantkit.kernels.jit import TYPES, multiplies_bfloat16, tables, target_here, weight_in_line, weight_pointers
 from quantkit.kernels.jit_amx_ir import MOST_TILES, TILE_COLUMNS, TILE_ROWS, amx_ir, takes
 from quantkit.kernels.jit_compile import function
 from quantkit.kernels.jit_targets import Target
@@ -28,7 +28,7 @@ def product_by_amx(
     x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int
 ) -> Tensor:
     """``x @ Wᵀ``, as :func:`quantkit.kernels.jit.product` has it, where :func:`fits`; at least one row of x."""
-    words, scale, zeros = in_line(words), in_line(scale), None if zeros is None else in_line(zeros)
+    words, scale, zeros = weight_in_line(words, scale, zeros)
     return torch.cat([_product(part, words, scale, zeros, bits)[:, :out_features] for part in x.split(_MOST_ROWS)])
 
 
@@ -42,7 +42,7 @@ def _product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits
     sums = full if zeros is None else full.view(len(full), groups, -1).sum(-1, dtype=torch.float32)
     y = x.new_empty(len(full), panels * PANEL)
     kernel = _kernel(target_here(), Kind(bits, in_features // groups, zeros is None, TYPES[scale.dtype]), tiles)
-    weight = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    weight = weight_pointers(words, scale, zeros)
     others = (tiled.data_ptr(), sums.data_ptr(), tables(bits).data_ptr(), y.data_ptr())
     run(kernel, [(*weight, *others, *cut, groups, y.shape[1]) for cut in parts(panels, words.nbytes)])
     return y[:rows]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.kernels.base import BLOCK_WEIGHTS, row_blocks
-from quantkit.kernels.jit import TYPES, aligned, in_line, multiplies_bfloat16, target_here
+from quantkit.kernels.jit import TYPES, aligned, multiplies_bfloat16, target_here, weight_in_line, weight_pointers
 from quantkit.kernels.jit_amx import fits
 from quantkit.kernels.jit_compile import function
 from quantkit.kernels.jit_dense_ir import dense_ir
@@ -70,12 +70,12 @@ def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, first: 
         first: panel.
         weight: gets it: [16 * panels, in], at least one panel; float32, or bfloat16 where it is multiplied.
     """
-    words, scale, zeros = in_line(words), in_line(scale), None if zeros is None else in_line(zeros)
+    words, scale, zeros = weight_in_line(words, scale, zeros)
     panels, groups = weight.shape[0] // PANEL, scale.shape[1]
     kernel = _kernel(
         target_here(), Kind(bits, weight.shape[1] // groups, zeros is None, TYPES[scale.dtype]), TYPES[weight.dtype]
     )
-    read = (words.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr())
+    read = weight_pointers(words, scale, zeros)
     cuts = parts(panels, words[first : first + panels].nbytes)
     run(kernel, [(*read, weight[PANEL * a].data_ptr(), first + a, first + b, groups) for a, b in cuts])
 

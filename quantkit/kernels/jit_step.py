@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.jit import kernel_of_one_row, multiplies_bfloat16, tables
-from quantkit.kernels.jit_step_ir import CALL, OPERATOR, PARTS, SYMBOLS, step_ir
-from quantkit.kernels.jit_targets import chosen_target
+from quantkit.kernels.jit_step_ir import CALL, OPERATOR, PARTS, step_ir
 from quantkit.kernels.jit_threads import THREAD_BYTES
 from quantkit.kernels.jit_tile_ir import scratch_numbers
+from quantkit.kernels.native_ir import SYMBOLS
 from quantkit.kernels.native_op import define, torch_has
 from quantkit.kernels.panels import PANEL, unit_columns
 
@@ -75,10 +75,8 @@ def step(x: Tensor, scale: Tensor, zeros: Tensor | None, call: Tensor) -> Tensor
 @cache
 def _operator_parts() -> dict[str, int]:
     """Compiles the operator and gives it to torch, once in a process; the addresses of its parts."""
-    target = chosen_target()
-    assert target is not None
     schema = "panels_step(Tensor x, Tensor sums, Tensor call, int rows) -> Tensor"
-    _, *parts = define(schema, step_ir(), target, (OPERATOR, *PARTS.values()), SYMBOLS, _shape)
+    _, *parts = define(schema, step_ir(), (OPERATOR, *PARTS.values()), SYMBOLS, _shape)
     return dict(zip(PARTS, parts, strict=True))
 
 

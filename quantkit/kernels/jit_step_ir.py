@@ -1,14 +1,13 @@
 """A torch operator in LLVM's intermediate representation: a just-in-time kernel's product with one row of x.
 
-torch's dispatcher calls it as compiled code, without Python. It takes and gives tensors by the C functions of torch's
-stable interface for extensions (torch/csrc/stable/c/shim.h): its arguments are 64-bit words on a stack, a tensor's an
-owned handle, and the result takes the place of the first. torch's own threads share the panels.
+torch's dispatcher calls it as compiled code, without Python (:mod:`quantkit.kernels.native_ir`). torch's own threads
+share the panels.
 """
 
 from __future__ import annotations
 
-from quantkit.kernels.jit_text import Lines
 from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS
+from quantkit.kernels.native_ir import HEADER, OperatorLines
 
 CALL = (
     "part",  # address of the function below that calls the kernel
@@ -29,24 +28,7 @@ OPERATOR = "operator"
 PARTS = {"tiles": "by_tiles", "pairs": "by_pairs"}
 """The functions for the kernels of :mod:`quantkit.kernels.jit_tile_ir` and :mod:`quantkit.kernels.jit_ir`."""
 
-SYMBOLS = (
-    "aoti_torch_get_data_ptr",
-    "aoti_torch_get_dtype",
-    "aoti_torch_empty_strided",
-    "aoti_torch_delete_tensor_object",
-    "torch_parallel_for",
-)
-"""What the module calls of torch's library."""
-
-_HEADER = """\
-declare i32 @aoti_torch_get_data_ptr(ptr, ptr)
-declare i32 @aoti_torch_get_dtype(ptr, ptr)
-declare i32 @aoti_torch_empty_strided(i64, ptr, ptr, i32, i32, i32, ptr)
-declare i32 @aoti_torch_delete_tensor_object(ptr)
-declare i32 @torch_parallel_for(i64, i64, i64, ptr, ptr)
-"""
 _INPUTS = ("x", "sums", "call")  # tensors, in the operator's order
-_CPU, _NO_INDEX = 0, -1  # a device, for torch
 
 
 def step_ir() -> str:
@@ -60,10 +42,10 @@ def step_ir() -> str:
     assert len(tiles) == len(POINTERS)
     assert len(NUMBERS) == 5
     parts = [*_part(PARTS["tiles"], tiles, "i64 1, "), *_part(PARTS["pairs"], pairs, "")]
-    return _HEADER + "\n".join([*parts, *_operator()])
+    return HEADER + "\n".join([*parts, *_operator()])
 
 
-class _Writer(Lines):
+class _Writer(OperatorLines):
     def field(self, name: str, kind: str) -> str:
         """A number or an address from the layer's call."""
         return self.let(f"load {kind}, ptr {self.after('%call', 8 * CALL.index(name))}")
@@ -94,27 +76,18 @@ def _context() -> list[tuple[int, str]]:
 def _operator() -> list[str]:
     """Unwraps the inputs, makes the output, runs the parts, lets go of the inputs."""
     writer = _Writer()
-    writer.lines.append(f"define void @{OPERATOR}(ptr %stack, i64 %inputs, i64 %outputs) {{")
+    writer.begin(OPERATOR)
     context, sizes, strides = (writer.let(f"alloca [{n} x i64]") for n in (4, 2, 2))
     made, dtype = writer.let("alloca ptr"), writer.let("alloca i32")
     places = {"call": context, **{key: writer.after(context, 8 * i) for i, key in _context()}}
-    handles = {key: writer.let(f"load ptr, ptr {writer.after('%stack', 8 * i)}") for i, key in enumerate(_INPUTS)}
-    for key, handle in handles.items():
-        writer.let(f"call i32 @aoti_torch_get_data_ptr(ptr {handle}, ptr {places[key]})")
+    handles = writer.tensors({key: places[key] for key in _INPUTS})
     writer.let(f"call i32 @aoti_torch_get_dtype(ptr {handles['x']}, ptr {dtype})")
     writer.lines.append(f"  %call = load ptr, ptr {context}")
     rows = writer.field("rows", "i64")
-    for place, first, second in ((sizes, "1", rows), (strides, rows, "1")):
-        writer.lines.append(f"  store i64 {first}, ptr {place}")
-        writer.lines.append(f"  store i64 {second}, ptr {writer.after(place, 8)}")
-    kind = writer.let(f"load i32, ptr {dtype}")
-    where = f"i32 {kind}, i32 {_CPU}, i32 {_NO_INDEX}, ptr {made}"
-    writer.let(f"call i32 @aoti_torch_empty_strided(i64 2, ptr {sizes}, ptr {strides}, {where})")
-    output = writer.let(f"load ptr, ptr {made}")
-    writer.let(f"call i32 @aoti_torch_get_data_ptr(ptr {output}, ptr {places['y']})")
+    writer.extents((sizes, strides), ("1", rows), (rows, "1"))
+    output = writer.empty(writer.let(f"load i32, ptr {dtype}"), 2, (sizes, strides), made)
+    writer.data(output, places["y"])
     panels, grain, part = writer.field("panels", "i64"), writer.field("grain", "i64"), writer.field("part", "ptr")
     writer.let(f"call i32 @torch_parallel_for(i64 0, i64 {panels}, i64 {grain}, ptr {part}, ptr {context})")
-    for handle in handles.values():
-        writer.let(f"call i32 @aoti_torch_delete_tensor_object(ptr {handle})")
-    writer.lines += [f"  store ptr {output}, ptr %stack", "  ret void", "}"]
+    writer.end(handles.values(), output)
     return writer.lines

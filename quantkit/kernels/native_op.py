@@ -1,6 +1,6 @@
 """Operators of torch's whose code is LLVM's: torch's dispatcher calls them without Python.
 
-They take and give tensors by the C functions of torch's stable interface for extensions (torch/csrc/stable/c/shim.h).
+How they take and give tensors is in :mod:`quantkit.kernels.native_ir`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from quantkit.kernels.jit import target_here
 from quantkit.kernels.jit_compile import addresses
-from quantkit.kernels.jit_targets import Target
 
 NAMESPACE = "quantkit"
 _REGISTER = ("aoti_torch_library_init_impl", "aoti_torch_library_impl")
@@ -28,14 +28,13 @@ def torch_has(symbols: Sequence[str]) -> bool:
 
 
 def define(
-    schema: str, source: str, target: Target, names: Sequence[str], symbols: Sequence[str], fake: Callable[..., Tensor]
+    schema: str, source: str, names: Sequence[str], symbols: Sequence[str], fake: Callable[..., Tensor]
 ) -> list[int]:
     """Compiles an operator for the CPU and gives it to torch, for as long as the process lives.
 
     Args:
         schema: of torch's, without the namespace.
         source: of a module in LLVM's intermediate representation.
-        target: one that this CPU has.
         names: of functions in it, the operator's first.
         symbols: the C functions of torch's library that it calls; torch must have them (:func:`torch_has`).
         fake: gives an empty tensor of the result's shape and dtype.
@@ -46,7 +45,7 @@ def define(
     library = _torch_library()
     assert library is not None
     known = {name: cast(int, ctypes.cast(getattr(library, name), ctypes.c_void_p).value) for name in symbols}
-    places = addresses(source, target, names, known)
+    places = addresses(source, target_here(), names, known)
     name = schema.split("(")[0]
     _fragment().define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
