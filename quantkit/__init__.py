@@ -19,6 +19,7 @@ from quantkit.transformers import register_when_imported
 if TYPE_CHECKING:
     from quantkit.calibration import CalibrationSpec
     from quantkit.converting import Conversion, convert
+    from quantkit.embedding import QuantEmbedding
     from quantkit.errors import (
         CalibrationError,
         CheckpointError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "calibration": ("CalibrationSpec",),
     "converting": ("Conversion", "convert"),
+    "embedding": ("QuantEmbedding",),
     "errors": (
         "CalibrationError",
         "CheckpointError",
@@ -100,6 +102,7 @@ __all__ = [
     "KernelError",
     "MixedPlan",
     "OutputError",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantScheme",
     "QuantizedTensor",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantkit.embedding import QuantEmbedding
 from quantkit.errors import CheckpointError, InputError, InterruptedRunError, message
 from quantkit.generation import Decoder
 from quantkit.quiet import quiet
@@ -171,8 +172,9 @@ def weight_bytes(model: PreTrainedModel) -> int:
     for name, module in model.named_modules():
         tensors = [*module._parameters.values(), *module._buffers.values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-        if isinstance(module, nn.Embedding):
-            size = 0 if module.weight is head else size // module.num_embeddings
+        if isinstance(module, nn.Embedding | QuantEmbedding):
+            tied = isinstance(module, nn.Embedding) and module.weight is head
+            size = 0 if tied else size // module.num_embeddings
         total += size * _share(model, name)
     return round(total)
 

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton
 
+_EMBEDDING = "Embedding"
 _EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
-def named_schemes(layers: Iterable[tuple[LinearInfo, QuantScheme]]) -> dict[str, QuantScheme]:
+def named_schemes(skeleton: Skeleton, layers: Iterable[tuple[LinearInfo, QuantScheme]]) -> dict[str, QuantScheme]:
     """Scheme of every quantized layer, by every name that other loaders may know it under.
+
+    Where all embeddings of the model have one scheme, their class has it too: of many models vLLM does not tell the
+    embedding its name (its pull request 45535).
 
     Where experts share one scheme and other layers have another, the experts are one pattern: transformers looks
     for it, and would decode the experts by the first group of the config without.
     """
     layers = list(layers)
+    embedded = {info.name: scheme for info, scheme in layers if info.embedding}
+    everywhere = len(embedded) == count_embeddings(skeleton) and len(set(embedded.values())) == 1
+    by_class = {_EMBEDDING: next(iter(embedded.values()))} if everywhere else {}
     of_experts = {scheme for info, scheme in layers if info.expert is not None}
     if len({scheme for _, scheme in layers}) == 1 or len(of_experts) != 1:
-        return {name: scheme for info, scheme in layers for name in info.known_as}
+        return {**by_class, **{name: scheme for info, scheme in layers for name in info.known_as}}
     named = {info.name: scheme for info, scheme in layers if info.expert is None}
-    return {_EXPERTS: of_experts.pop(), **named}
+    return {**by_class, _EXPERTS: of_experts.pop(), **named}
+
+
+def count_embeddings(skeleton: Skeleton) -> int:
+    """The embeddings of a model, whether or not they can be quantized."""
+    return sum(isinstance(module, nn.Embedding) for module in skeleton.model.modules())
 
 
 def names_left_out(skeleton: Skeleton, skipped: Sequence[str]) -> tuple[str, ...]:

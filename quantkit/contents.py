@@ -41,7 +41,7 @@ def check_contents(skeleton: Skeleton, stored: StoredLayers | None, visitor: Vis
     """
     used: set[str] = set()
     offsets: list[float] = []
-    for info in skeleton.linears:
+    for info in skeleton.layers:
         if stored is not None and info.name in stored.schemes:
             used.update(stored.names(info))
             yield from _check_layer(stored, info, visitor, offsets)

@@ -148,7 +148,7 @@ def _checked(checkpoint: Checkpoint, target: CheckpointFormat) -> _Work:
     source = format_of(config)
     skeleton = open_skeleton(checkpoint, checkpoint.float_dtype)
     stored = stored_layers(skeleton, source, config)
-    layers = {info.name: info for info in skeleton.linears if info.name in stored.schemes}
+    layers = {info.name: info for info in skeleton.layers if info.name in stored.schemes}
     if not layers:
         raise CheckpointError(
             message(str(checkpoint.path), "its config and its tensors agree on no quantized layer", "check config.json")
@@ -157,6 +157,9 @@ def _checked(checkpoint: Checkpoint, target: CheckpointFormat) -> _Work:
         stored.check_size(info)
     schemes, notes = _target_schemes(stored, layers, target)
     for name, info in layers.items():
+        if info.embedding and not target.holds_embeddings:
+            fix = "choose compressed-tensors"
+            raise SchemeError(message(name, f"format {target.name} holds linear layers only, no embedding", fix))
         reason = target.why_not(schemes[name], (info.out_features, info.in_features))
         if reason is not None:
             raise SchemeError(message(name, f"format {target.name} cannot hold {schemes[name]}", reason))
@@ -171,7 +174,7 @@ def _checked(checkpoint: Checkpoint, target: CheckpointFormat) -> _Work:
     kept = [info.name for info in skeleton.linears if info.name not in layers]
     kept += [name for name in skeleton.routers if name not in kept and name not in layers]
     written = target.write_config(
-        named_schemes((info, schemes[name]) for name, info in layers.items()),
+        named_schemes(skeleton, ((info, schemes[name]) for name, info in layers.items())),
         names_left_out(skeleton, [*kept, *opaque]),
         reordered=target.holds_g_idx and bool(reordered or sorted_away),
     )
@@ -322,7 +325,7 @@ def _verify(work: _Work, digests: Mapping[str, str], path: Path, observer: Obser
         what = "quantization_config names other layers than were written"
         raise CheckpointError(message(str(path), what, "report this as a bug, with the source's config.json"))
     observer(Stage("verifying", 1))
-    for info in skeleton.linears:
+    for info in skeleton.layers:
         if info.name in digests and stored.read(info)[0].digest() != digests[info.name]:
             raise CheckpointError(message(info.name, "reads back different from what was read", "check the disk"))
     for name in work.checkpoint.tensors.keys() - work.of_layer.keys():

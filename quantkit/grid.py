@@ -248,6 +248,21 @@ def quantize_groups(weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> 
     return QuantizedTensor(codes.to(torch.uint8).reshape(out_features, in_features), scale, zero_point, scheme)
 
 
+def dequantize_groups(codes: Tensor, scale: Tensor, zero_point: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """The real rows ``scale * (codes - zero_point)`` of contiguous groups, in float32 and rounded once to ``dtype``.
+
+    Args:
+        codes: uint8 [rows, columns].
+        scale: [rows, groups].
+        zero_point: uint8 [rows, groups], or one number for all.
+        dtype: floating point.
+    """
+    zeros = zero_point[..., None].float() if isinstance(zero_point, Tensor) else float(zero_point)
+    columns = codes.shape[-1] // scale.shape[-1]
+    centred = codes.reshape(*scale.shape, columns).float() - zeros
+    return (centred * scale[..., None].float()).reshape(codes.shape).to(dtype)
+
+
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The real weight ``scale * (codes - zero_point)`` [out, in], computed in float32 and rounded once to ``dtype``.
 
@@ -257,8 +272,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     target = dtype or q.scale.dtype
     if q.g_idx is None:
-        centred = q.codes.reshape(q.out_features, q.scale.shape[1], -1).float() - q.zero_point[..., None].float()
-        return (centred * q.scale[..., None].float()).reshape(q.codes.shape).to(target)
+        return dequantize_groups(q.codes, q.scale, q.zero_point, target)
     index = q.g_idx.long()
     return ((q.codes.float() - q.zero_point[:, index].float()) * q.scale[:, index].float()).to(target)
 

@@ -51,7 +51,7 @@ class CodeStats:
 
 @dataclass(frozen=True, slots=True)
 class LayerProfile:
-    """One linear layer.
+    """One linear layer, or a quantized embedding.
 
     Attributes:
         name: of the module.
@@ -96,7 +96,8 @@ class Inspection:
         format: of the quantized layers; ``dense`` without any.
         num_parameters: of the model, quantized ones counted as weights, tied ones once.
         nbytes: of all tensors on disk.
-        layers: every linear layer that has a tensor of its own, in the model's order.
+        layers: every linear layer that has a tensor of its own, in the model's order, then quantized embeddings. A
+            tied head that has its embedding's codes has none of its own.
         others: all other tensors: name -> (values, bytes).
         calibration: what the inputs were measured on; None: nothing.
     """
@@ -190,13 +191,16 @@ def inspect(
 
 def _profiles(skeleton: Skeleton, stored: StoredLayers | None, progress: Progress | None) -> list[LayerProfile]:
     found = []
-    for done, info in enumerate(skeleton.linears):
+    shared = {info.stem for info in skeleton.embeddings}
+    for done, info in enumerate(skeleton.layers):
+        if info.tied and info.stem in shared:
+            continue
         if stored is not None and info.name in stored.schemes:
             found.append(_quantized(stored, info))
-        elif f"{info.stem}.weight" in skeleton.checkpoint.tensors:
+        elif not info.embedding and f"{info.stem}.weight" in skeleton.checkpoint.tensors:
             found.append(_dense(skeleton, info))
         if progress is not None:
-            progress(done + 1, len(skeleton.linears))
+            progress(done + 1, len(skeleton.layers))
     return found
 
 
@@ -252,7 +256,7 @@ def _summed(
     tensors = skeleton.checkpoint.tensors
     in_layers = {f"{info.stem}.weight" for info in skeleton.linears}
     if stored is not None:
-        for info in skeleton.linears:
+        for info in skeleton.layers:
             if info.name in stored.schemes:
                 in_layers.update(name for name in stored.names(info) if not name.endswith(".bias"))
     others = {name: (about.numel, about.nbytes) for name, about in tensors.items() if name not in in_layers}

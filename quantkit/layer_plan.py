@@ -28,12 +28,14 @@ class LayerPlan:
         scheme: its grid.
         solver: what finds its codes.
         fallback: why ``solver`` is not the recipe's; None where it is.
+        shares: the embedding whose codes this tied head has; None: it has its own.
     """
 
     info: LinearInfo
     scheme: QuantScheme
     solver: Solver
     fallback: str | None = None
+    shares: str | None = None
 
     @property
     def numel(self) -> int:
@@ -77,6 +79,8 @@ def head_rows_at_once(layer: LayerPlan) -> int:
 
 def head_bytes(fmt: CheckpointFormat, layer: LayerPlan, dtype: torch.dtype) -> int:
     """The codes of the whole layer twice (in pieces, then joined), what is written of it, and one piece's solve."""
+    if layer.shares is not None:
+        return 0
     piece = min(head_rows_at_once(layer), layer.info.out_features) * layer.info.in_features
     hessian = 2 * _FLOAT32 * layer.info.in_features**2 if layer.solver.needs else 0
     return 2 * layer.numel + 2 * encoded_bytes(fmt, layer, dtype) + hessian + _SOLVE_COPIES * _FLOAT32 * piece

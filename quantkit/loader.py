@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from quantkit.checkpoint import Checkpoint
+from quantkit.embedding import QuantEmbedding
 from quantkit.errors import CheckpointError, first_line, message
 from quantkit.formats import format_of
 from quantkit.linear import QuantLinear
 from quantkit.model_config import CONFIG_ERRORS, open_config
 from quantkit.rounded_head import check_head_bits, round_head
-from quantkit.skeleton import Skeleton, assign, check_complete, open_skeleton
+from quantkit.skeleton import Skeleton, assign, check_complete, forget_ties, open_skeleton
 from quantkit.source import resolve_device, resolve_dtype, resolve_model
 from quantkit.stored import StoredLayers, stored_layers
 
@@ -41,8 +43,8 @@ def load(
             :func:`quantkit.rounded_head.round_head`; None, or a head that is quantized already, leaves it as it is.
 
     Returns:
-        A transformers model in eval mode; quantized layers are :class:`quantkit.QuantLinear`. Only one layer at a
-        time is unpacked while it loads.
+        A transformers model in eval mode; quantized layers are :class:`quantkit.QuantLinear`, quantized embeddings
+        :class:`quantkit.QuantEmbedding`. Only one layer at a time is unpacked while it loads.
 
     Raises:
         CheckpointError: missing, truncated or contradictory files.
@@ -93,15 +95,20 @@ def _load_dense(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrai
 def _put_quantized(
     skeleton: Skeleton, stored: StoredLayers, device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> set[str]:
-    """Replace every quantized linear by a QuantLinear; returns the disk names of the tensors used."""
+    """Replace every quantized linear and embedding by quantkit's; returns the disk names of the tensors used."""
     taken: set[str] = set()
-    for info in skeleton.linears:
+    for info in skeleton.layers:
         if info.name not in stored.schemes:
             continue
         q, bias = stored.read(info)
-        layer = QuantLinear.from_quantized(
-            q, None if bias is None else bias.to(dtype), dtype=dtype, device=device, backend=backend
-        )
+        layer: nn.Module
+        if info.embedding:
+            layer = QuantEmbedding.in_place_of(skeleton.model.get_submodule(info.name), q, dtype=dtype).to(device)
+            forget_ties(skeleton.model, info.name)
+        else:
+            layer = QuantLinear.from_quantized(
+                q, None if bias is None else bias.to(dtype), dtype=dtype, device=device, backend=backend
+            )
         skeleton.model.set_submodule(info.name, layer)
         taken.update(stored.names(info))
     return taken

@@ -21,7 +21,7 @@ _TABLE = Path(__file__).parent / "loaders.json"
 _PLACES_SHOWN = 6
 _COMMON_GROUPS = (None, 32, 64, 128)
 
-Kind = Literal["linear", "expert", "head", "conv1d"]
+Kind = Literal["linear", "expert", "head", "conv1d", "embedding", "tied-embedding"]
 Relation = Literal["none", "equal", "unequal"]
 Harm = Literal["refuses", "wrong", "note"]
 
@@ -34,7 +34,8 @@ class LayerFacts:
         name: of the module.
         format: of the checkpoint: ``compressed-tensors``, ``gptq``, ``gptq_v2`` or ``awq``.
         layout: within the format: ``pack-quantized``, ``int-quantized`` or the format's name.
-        kind: an ordinary linear layer, a single expert's, the output head, or a Conv1D.
+        kind: an ordinary linear layer, a single expert's, the output head, a Conv1D, or an embedding, whose codes are
+            the output head's too where it is a tied one.
         bits: of the codes.
         symmetric: of the grid.
         grouped: whether columns have several scales.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _WORD = 32
+_BYTE = 8
 _CODES_AT_ONCE = 2**22  # bounds the 64-bit working copies
 
 
@@ -86,6 +87,25 @@ def _unpack(words: Tensor, bits: int, length: int) -> Tensor:
             value = value | ((padded[:, :, word + 1].to(torch.int64) & 0xFFFFFFFF) << (_WORD - shift))
         codes[:, :, position] = (value & ((1 << bits) - 1)).to(torch.uint8)
     return codes.view(rows, -1)[:, :length].contiguous()
+
+
+def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
+    """:func:`unpack` of a few rows by one expression without a loop, which torch.compile takes into its graph.
+
+    Args:
+        words: int32 [rows, ceil(length * bits / 32)], contiguous, in a little-endian machine's memory.
+        bits: 1 to 8.
+        length: codes in a row.
+
+    Returns:
+        uint8 [rows, length].
+    """
+    stream = words.view(torch.uint8)
+    start = torch.arange(length, device=words.device) * bits
+    low = start // _BYTE
+    high = (low + 1).clamp(max=stream.shape[1] - 1)  # a code that crosses no byte takes nothing from there
+    pair = stream.index_select(1, low).to(torch.int32) | stream.index_select(1, high).to(torch.int32) << _BYTE
+    return ((pair >> (start % _BYTE).to(torch.int32)) & ((1 << bits) - 1)).to(torch.uint8)
 
 
 def _rows_at_once(length: int) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import regex
 
@@ -22,6 +23,7 @@ _MAX_REPEATS = 4096  # the product of all counts {m,n}: nested ones multiply whe
 _SECONDS = 5.0
 _GROUP = re.compile(r"\(\?(?!:|=|!|<=|<!|i\)|P<)")
 _COUNT = re.compile(r"\{(?:(\d{1,9})?(?:,(\d{1,9})?)?\})?")  # a lone brace is a count of none
+T = TypeVar("T")
 _ELSEWHERE = ("[[", "--", "&&", "~~", "||")  # nested sets and their operators
 
 
@@ -94,6 +96,20 @@ class Targets:
     def has_pattern(self, name: str) -> bool:
         """Whether a pattern fits its beginning."""
         return any(self._patterns.match(expression, name) for expression in self._expressions)
+
+
+def first_match(ranked: Sequence[tuple[Targets, T]], names: Sequence[str], kind: str) -> T | None:
+    """What the first targets of a module stand for, as compressed-tensors ranks them: names, patterns, its class.
+
+    Args:
+        ranked: targets, and what they stand for.
+        names: of the module; any of them may be listed.
+        kind: its class.
+    """
+    by_name = (value for targets, value in ranked if any(map(targets.has_name, names)))
+    by_pattern = (value for targets, value in ranked if any(map(targets.has_pattern, names)))
+    by_class = (value for targets, value in ranked if targets.has_name(kind))
+    return next((value for found in (by_name, by_pattern, by_class) for value in found), None)
 
 
 def _why_not(pattern: str) -> str | None:

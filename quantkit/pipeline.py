@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -186,14 +187,23 @@ class Pipeline:
         names = [name for name in self.plan.checkpoint.tensors if name not in inside]
         tensors = self._transforming.read_outside(names, head=True)
         records = []
-        for layer in self.plan.block_layers(None):
+        solved_by_name: dict[str, LayerRecord] = {}
+        for layer in self.plan.block_layers(None):  # embeddings come last: a tied head is solved from their tensor
+            if layer.shares is not None:
+                continue
             weight = _rows_first(tensors[self.plan.weight_tensor(layer)], layer.info.transposed)
             tensors.pop(f"{layer.info.stem}.weight", None)  # of a tied head the embedding's tensor stays
             solved = solve_in_rows(layer, weight, at_head, self.device, self.plan.dtype)
             del weight
             tensors.update(_named(layer, self.plan.format.encode(solved.weight)))
-            records.append(solved.record)
-            self._announce(solved.record)
+            solved_by_name[layer.info.name] = solved.record
+        for layer in self.plan.block_layers(None):
+            record = solved_by_name[layer.shares or layer.info.name]
+            if layer.shares is not None:
+                tensors.pop(f"{layer.info.stem}.weight", None)
+                record = replace(record, name=layer.info.name, seconds=0.0, notes=(f"has the codes of {layer.shares}",))
+            records.append(record)
+            self._announce(record)
         self.staging.write(shard, tensors, records)
         return records
 

@@ -38,7 +38,7 @@ class Plan:
         recipe: with nothing left to choose but ``auto`` dtype, which ``dtype`` resolves.
         format: the output format.
         dtype: of the forward passes and the scales.
-        layers: what is quantized, in the model's order.
+        layers: what is quantized: linear layers in the model's order, then embeddings.
         skipped: linear layers that stay as they are, and why.
         notes: what the user should know, one sentence each.
         structures: of each block, where the recipe has transforms.
@@ -53,6 +53,11 @@ class Plan:
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     structures: tuple[Structure, ...] = ()
+
+    @cached_property
+    def owners(self) -> tuple[LayerPlan, ...]:
+        """The layers that have codes of their own: all but a tied head that has its embedding's."""
+        return tuple(layer for layer in self.layers if layer.shares is None)
 
     @cached_property
     def needs(self) -> frozenset[Stat]:
@@ -104,7 +109,7 @@ class Plan:
     @cached_property
     def unties_head(self) -> bool:
         """Whether a head that is tied to the embedding gets a weight of its own, quantized or dense."""
-        quantized = any(layer.info.tied for layer in self.layers)
+        quantized = any(layer.info.tied for layer in self.owners)
         return quantized or (self.rotates_stream and any(info.tied for info in self.skeleton.linears))
 
     @cached_property
@@ -162,7 +167,7 @@ class Plan:
     @cached_property
     def targets(self) -> dict[str, QuantScheme]:
         """Scheme of every quantized layer, by every name that other loaders may know it under."""
-        return named_schemes((layer.info, layer.scheme) for layer in self.layers)
+        return named_schemes(self.skeleton, ((layer.info, layer.scheme) for layer in self.layers))
 
     @cached_property
     def ignored(self) -> tuple[str, ...]:
@@ -173,19 +178,19 @@ class Plan:
     def num_parameters(self) -> int:
         """Parameters of the output: those of the checkpoint, tied ones once, and those of a head that is untied."""
         held = sum(info.numel for info in self.checkpoint.tensors.values())
-        absent = (layer for layer in self.layers if f"{layer.info.stem}.weight" not in self.checkpoint.tensors)
+        absent = (layer for layer in self.owners if f"{layer.info.stem}.weight" not in self.checkpoint.tensors)
         dense = self.untied.numel if self.untied is not None and self.added_bytes else 0
         return held + dense + sum(layer.numel for layer in absent)
 
     @cached_property
     def num_quantized(self) -> int:
-        """Parameters that will be quantized."""
-        return sum(layer.numel for layer in self.layers)
+        """Parameters that will be quantized, tied ones counted once."""
+        return sum(layer.numel for layer in self.owners)
 
     @cached_property
     def quantized_bytes(self) -> int:
         """Bytes of the quantized layers' tensors, by the code that will write them."""
-        return sum(encoded_bytes(self.format, layer, self.dtype) for layer in self.layers)
+        return sum(encoded_bytes(self.format, layer, self.dtype) for layer in self.owners)
 
     @cached_property
     def size_after(self) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from quantkit.arch import collapsed_name, unequal_fused
 from quantkit.checkpoint import Checkpoint
+from quantkit.chosen_embeddings import named_embeddings, unmeant, with_embeddings
 from quantkit.errors import CheckpointError, OutputError, RecipeError, SchemeError, message
 from quantkit.formats import CheckpointFormat, format_named
 from quantkit.layer_plan import LayerPlan, encoded_bytes
@@ -22,7 +22,7 @@ from quantkit.scheme import QuantScheme
 from quantkit.skeleton import LinearInfo, Skeleton, check_complete, open_skeleton
 from quantkit.solvers import GPTQ, RTN, AutoRound, Solver
 from quantkit.source import resolve_dtype
-from quantkit.transforms import AWQ, check_model
+from quantkit.transforms import AWQ, Rotation, check_model
 
 _LEFT_OUT_SHOWN = 5
 _MIB = 2**20
@@ -49,6 +49,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     checkpoint = skeleton.checkpoint
     check_complete(skeleton, checkpoint)
     layers, skipped = _choose(skeleton, recipe)
+    rotated = any(isinstance(one, Rotation) and one.residual for one in recipe.transforms)
+    layers = with_embeddings(skeleton, recipe, layers, rotated=rotated)
     _check_rules(skeleton, recipe)
     _check_shapes(checkpoint, layers)
     fmt = format_named(recipe.format)
@@ -58,7 +60,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     _check_drift(recipe, layers)
     _check_clip(recipe, layers)
     structures = check_model(recipe.transforms, skeleton.model, skeleton.block_path, skeleton.blocks)
-    notes = _notes(skeleton, fmt, dtype, layers)
+    notes = (*_notes(skeleton, fmt, dtype, layers), *unmeant(skeleton, recipe))
     plan = Plan(checkpoint, skeleton, recipe, fmt, dtype, layers, skipped, notes, structures)
     _check_config(plan)
     _check_share(plan)
@@ -226,24 +228,14 @@ def _kept_whole(name: str, reason: str, recipe: Recipe) -> str:
 
 def _check_rules(skeleton: Skeleton, recipe: Recipe) -> None:
     names = [info.name for info in skeleton.linears]
-    embeddings = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)]
     others = [*skeleton.routers, *(name for name, _ in skeleton.opaque_experts)]
     for rule in recipe.rules:
-        if not any(rule.matches(name) for name in (names + others if rule.skip else names)):
-            for name in filter(rule.matches, embeddings):
-                raise RecipeError(
-                    message(
-                        "rules",
-                        f"match: {rule.match!r} means the embedding {name}, which stays as it is: SGLang would read "
-                        "a quantized one without an error as random numbers (its pull request 36137), and vLLM "
-                        "before its pull request 44340 has no reader for it",
-                        "remove the rule; the output head can be quantized by a rule of its own",
-                    )
-                )
+        found = any(rule.matches(name) for name in (names + others if rule.skip else names))
+        if not found and not named_embeddings(skeleton, rule):
             raise RecipeError(
                 message(
                     "rules",
-                    f"match: {rule.match!r} matches no linear layer of this model",
+                    f"match: {rule.match!r} matches no linear layer of this model, and no embedding",
                     f"names look like {names[0]} or {names[-1]}",
                 )
             )
@@ -267,6 +259,9 @@ def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None
 
 def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
     for layer in layers:
+        if layer.info.embedding and not fmt.holds_embeddings:
+            what = f"format {fmt.name} holds linear layers only, and this is an embedding"
+            raise RecipeError(message(layer.info.name, what, "use format compressed-tensors, or remove its rule"))
         reason = fmt.why_not(layer.scheme, (layer.info.out_features, layer.info.in_features))
         if reason is not None:
             raise SchemeError(message(layer.info.name, f"format {fmt.name} cannot hold {layer.scheme}", reason))
@@ -327,15 +322,24 @@ def _notes(
 ) -> tuple[str, ...]:
     """What this plan's output will not do in other programs."""
     schemes: dict[str, object] = {info.name: None for info in skeleton.linears if info.expert is None}
-    schemes.update({layer.info.name: layer.scheme for layer in layers if layer.info.expert is None})
+    of_linears = [layer for layer in layers if layer.info.expert is None and not layer.info.embedding]
+    schemes.update({layer.info.name: layer.scheme for layer in of_linears})
     notes = [f"{group} share one matrix in vLLM and must have one scheme there" for group in unequal_fused(schemes)]
     notes += _loader_notes(skeleton, fmt, dtype, layers)
+    embedded = any(layer.info.embedding for layer in layers)
     for layer in layers:
-        if layer.info.tied:
+        size = f"{encoded_bytes(fmt, layer, dtype) / 1e6:.1f} MB"
+        if layer.shares is not None:
+            notes.append(f"{layer.info.name} stays tied to {layer.shares}: one set of codes, {size}, is for both")
+        elif layer.info.tied and embedded:
+            notes.append(
+                f"{layer.info.name} shares its weight with the embedding, and has another scheme or method: it is "
+                f"untied (config.json: tie_word_embeddings false), and its own codes add {size}"
+            )
+        elif layer.info.tied:
             notes.append(
                 f"{layer.info.name} shares its weight with the embedding: it is untied (config.json: "
-                "tie_word_embeddings false), the embedding stays as it is, and the quantized copy adds "
-                f"{encoded_bytes(fmt, layer, dtype) / 1e6:.1f} MB"
+                f"tie_word_embeddings false), the embedding stays as it is, and the quantized copy adds {size}"
             )
     return tuple(notes)
 
@@ -352,7 +356,9 @@ def _loader_notes(
     skeleton: Skeleton, fmt: CheckpointFormat, dtype: torch.dtype, layers: tuple[LayerPlan, ...]
 ) -> list[str]:
     """What other programs would refuse or misread, or could not read until lately, by the table of loaders.json."""
-    facts = list(model_facts(skeleton, fmt.name, {layer.info.name: layer.scheme for layer in layers}, dtype))
+    schemes = {layer.info.name: layer.scheme for layer in layers}
+    tied = frozenset(layer.shares for layer in layers if layer.shares is not None)
+    facts = list(model_facts(skeleton, fmt.name, schemes, dtype, tied=tied))
     reordered = {layer.info.name for layer in layers if layer.solver.writes_g_idx}
     facts = [replace(one, desc_act=True, reordered=True) if one.name in reordered else one for one in facts]
     found: dict[str, tuple[Rule, list[str], list[str]]] = {}

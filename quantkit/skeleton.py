@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.arch import find_blocks, is_linear, is_transposed
-from quantkit.checkpoint import CONFIG, Checkpoint, Slice
+from quantkit.checkpoint import CONFIG, Checkpoint
+from quantkit.disk_names import conversions, names_on_disk, split_checkpoint
+from quantkit.embedding import why_not_embedding
 from quantkit.errors import CheckpointError, message
 from quantkit.experts import (
-    DOWN,
-    GATE_UP,
     ExpertsInfo,
     ExpertSlot,
     SplitExperts,
@@ -24,33 +24,34 @@ from quantkit.experts import (
     experts_info,
     find_routers,
     is_experts,
-    slot_on_disk,
     why_not_experts,
 )
-from quantkit.formats import FORMATS, codes_of
+from quantkit.formats import FORMATS
 from quantkit.model_config import CONFIG_ERRORS, check_numbers, open_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_LEAVES = ("weight", *(fmt.tensors[0] for fmt in FORMATS))  # of a dense layer's weight, then of codes
 
 
 @dataclass(frozen=True, slots=True)
 class LinearInfo:
-    """A linear layer of the model.
+    """A layer with a weight that may be quantized: a linear layer, or an embedding.
 
     Attributes:
         name: module name in the model, such as ``model.layers.0.mlp.up_proj``.
         local: the name within its block, such as ``mlp.up_proj``; outside of the blocks, the name.
         stem: its name on disk: ``stem.weight`` is the tensor of a dense checkpoint.
-        out_features: rows.
+        out_features: rows; of an embedding one a token or position.
         in_features: columns.
         transposed: the weight lies as [in, out] on disk (Conv1D).
         block: index of its decoder block; None outside of the blocks (the head).
         tied: its weight is another module's (an embedding's).
         router: it decides where tokens go in a mixture of experts, or how much of a shared expert they get.
         expert: its place in stacked experts; None for a module of its own.
+        embedding: it looks rows up, and multiplies nothing.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LinearInfo:
     tied: bool
     router: bool = False
     expert: ExpertSlot | None = None
+    embedding: bool = False
 
     @property
     def known_as(self) -> tuple[str, ...]:
@@ -91,6 +93,7 @@ class Skeleton:
         experts: the modules of experts whose layers are among ``linears``.
         opaque_experts: modules of experts that cannot be quantized, and why.
         routers: modules beside the experts that decide where tokens go, whether linear layers or not.
+        embeddings: the embeddings that can be quantized.
     """
 
     model: PreTrainedModel
@@ -102,6 +105,12 @@ class Skeleton:
     experts: tuple[ExpertsInfo, ...] = ()
     opaque_experts: tuple[tuple[str, str], ...] = ()
     routers: tuple[str, ...] = ()
+    embeddings: tuple[LinearInfo, ...] = ()
+
+    @property
+    def layers(self) -> tuple[LinearInfo, ...]:
+        """All that may be quantized: the linear layers, then the embeddings."""
+        return (*self.linears, *self.embeddings)
 
     def block_tensors(self, index: int) -> dict[str, str]:
         """Name within block ``index`` -> tensor name on disk."""
@@ -143,8 +152,8 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
             )
         )
     experts, opaque = _find_experts(model)
-    renamed = _renamer(model, checkpoint, experts)
-    checkpoint = _split_checkpoint(model, checkpoint, experts, renamed)
+    renamed = names_on_disk(model, checkpoint, experts)
+    checkpoint = split_checkpoint(model, checkpoint, experts, renamed)
     for info in experts:
         model.set_submodule(info.name, SplitExperts(model.get_submodule(info.name), info, dtype))
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
@@ -152,8 +161,18 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     disk_names = {n: renamed[n] for n in names if n in renamed}
     routers = tuple(router for info in experts for router in find_routers(model, info))
     linears = tuple(_linear_infos(model, found.path, renamed, experts, routers))
+    embeddings = tuple(_embedding_infos(model, found.path, renamed))
     return Skeleton(
-        model, found.path, found.blocks, linears, disk_names, checkpoint, tuple(experts), tuple(opaque), routers
+        model,
+        found.path,
+        found.blocks,
+        linears,
+        disk_names,
+        checkpoint,
+        tuple(experts),
+        tuple(opaque),
+        routers,
+        embeddings,
     )
 
 
@@ -208,6 +227,14 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target._buffers[leaf] = tensor
 
 
+def forget_ties(model: PreTrainedModel, embedding: str) -> None:
+    """Let transformers tie no weight to an embedding that is quantized, and so has none to share, in place."""
+    source = f"{embedding}.weight"
+    for ties in ("all_tied_weights_keys", "_tied_weights_keys"):  # of this model, and of its class
+        kept = {name: other for name, other in (getattr(model, ties) or {}).items() if other != source}
+        setattr(model, ties, kept)
+
+
 def set_weight(block: nn.Module, info: LinearInfo, weight: Tensor) -> None:
     """Put a weight [out, in] in the place of a layer's."""
     placed = weight.T if info.transposed else weight
@@ -251,7 +278,7 @@ def _meta_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
 
 def _find_experts(model: nn.Module) -> tuple[list[ExpertsInfo], list[tuple[str, str]]]:
     """The modules of experts that can be quantized, and those that can not, with the reason."""
-    converters = _conversions(model)[1]
+    converters = conversions(model)[1]
     good, opaque = [], []
     for name, module in model.named_modules():
         if not is_experts(module):
@@ -264,77 +291,6 @@ def _find_experts(model: nn.Module) -> tuple[list[ExpertsInfo], list[tuple[str, 
         else:
             opaque.append((name, f"{type(module).__name__} cannot be quantized: {reason}"))
     return good, opaque
-
-
-def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    """transformers' rules from names on disk to names in the model: those that rename, those that also stack."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    return renamings, [r for r in rules if isinstance(r, WeightConverter)]
-
-
-def _renamer(model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[ExpertsInfo]) -> dict[str, str]:
-    """Name in the model -> name on disk, by transformers' own rules (prefixes, legacy names, stacked experts)."""
-    from transformers.core_model_loading import rename_source_key
-
-    renamings, converters = _conversions(model)
-    state = model.state_dict()
-    stacks = {f"{info.name}.{parameter}": info for info in experts for parameter in (GATE_UP, DOWN)}
-    leaves = {info.name: disk_leaves(info, converters) or {} for info in experts}
-    # A quantized layer's tensors follow the names of the weight that they stand for.
-    stems = {
-        name: name.rsplit(".", 1)[0] + ".weight"
-        for name in checkpoint.tensors
-        if any(codes in checkpoint.tensors for codes in codes_of(name))
-    }
-    renamed = {}
-    for disk in checkpoint.tensors:
-        dense = stems.get(disk, disk)
-        name, converter = rename_source_key(dense, renamings, converters, model.base_model_prefix, state)
-        if converter is not None:
-            info = stacks.get(name)
-            slot = slot_on_disk(info, leaves[info.name], dense) if info is not None else None
-            if info is None or slot is None:
-                continue
-            name = f"{info.name}.{slot[0]}.{slot[1]}.weight"
-        if disk in stems:
-            name = name.rsplit(".", 1)[0] + "." + disk.rsplit(".", 1)[1]
-        renamed[name] = disk
-    return renamed
-
-
-def _split_checkpoint(
-    model: PreTrainedModel, checkpoint: Checkpoint, experts: Sequence[ExpertsInfo], renamed: dict[str, str]
-) -> Checkpoint:
-    """A view of the checkpoint without stacked experts; their parts get the names that single experts have on disk."""
-    converters = _conversions(model)[1]
-    slices: dict[str, Slice] = {}
-    for info in experts:
-        leaves = disk_leaves(info, converters) or {}
-        for slot in info.slots():
-            stacked = f"{info.name}.{slot.parameter}"
-            disk = renamed.get(stacked)
-            if disk is None:
-                continue
-            _check_stack(checkpoint, disk, tuple(model.get_parameter(stacked).shape))
-            stem = disk.removesuffix(f".{slot.parameter}")
-            part = f"{stem}.{slot.index}.{leaves[slot.leaf]}.weight"
-            slices[part] = Slice(disk, slot.index, slot.rows.start, slot.rows.stop)
-            renamed[f"{slot.name}.weight"] = part
-        for parameter in (GATE_UP, DOWN):
-            renamed.pop(f"{info.name}.{parameter}", None)
-    return checkpoint.split(slices) if slices else checkpoint
-
-
-def _check_stack(checkpoint: Checkpoint, disk: str, shape: tuple[int, ...]) -> None:
-    there = checkpoint.tensors[disk].shape
-    if there != shape:
-        raise CheckpointError(
-            message(f"{checkpoint.path}: {disk}", f"is {list(there)} and should be {list(shape)}", "check config.json")
-        )
 
 
 def _linear_infos(
@@ -355,7 +311,8 @@ def _linear_infos(
             place = _place(name, block_path, renamed)
             yield LinearInfo(
                 name,
-                *place[:2],
+                place[0],
+                _shared_stem(model, name, renamed) or place[1],
                 int(out_features),
                 int(in_features),
                 transposed,
@@ -366,11 +323,28 @@ def _linear_infos(
             )
 
 
+def _embedding_infos(model: PreTrainedModel, block_path: str, renamed: Mapping[str, str]) -> Iterator[LinearInfo]:
+    for name, module in model.named_modules():
+        if why_not_embedding(module) is None:
+            rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+            local, stem, block = _place(name, block_path, renamed)
+            yield LinearInfo(name, local, stem, int(rows), int(columns), False, block, False, embedding=True)
+
+
+def _shared_stem(model: PreTrainedModel, name: str, renamed: Mapping[str, str]) -> str | None:
+    """Where the codes of a tied head lie that has none of its own: at its embedding; None: elsewhere."""
+    source = model.all_tied_weights_keys.get(f"{name}.weight")
+    if source is None or any(f"{name}.{leaf}" in renamed for leaf in _LEAVES):
+        return None
+    stem = source.removesuffix(".weight")
+    codes = (renamed[f"{stem}.{leaf}"] for leaf in _LEAVES[1:] if f"{stem}.{leaf}" in renamed)
+    return next((disk.rsplit(".", 1)[0] for disk in codes), None)
+
+
 def _place(name: str, block_path: str, renamed: Mapping[str, str]) -> tuple[str, str, int | None]:
     """A layer's name within its block, its name on disk, and its block."""
     inside = name.startswith(f"{block_path}.")
     block = int(name[len(block_path) + 1 :].split(".", 1)[0]) if inside else None
-    leaves = ("weight", *(fmt.tensors[0] for fmt in FORMATS))
-    disk = next((renamed[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in renamed), None)
+    disk = next((renamed[f"{name}.{leaf}"] for leaf in _LEAVES if f"{name}.{leaf}" in renamed), None)
     stem = disk.rsplit(".", 1)[0] if disk is not None else name
     return name.removeprefix(f"{block_path}.{block}."), stem, block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,12 @@ _SLACK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class StoredLayers:
-    """The quantized layers of a checkpoint.
+    """The quantized layers of a checkpoint, embeddings among them.
 
     Attributes:
         checkpoint: where their tensors are.
         format: how.
-        schemes: of each layer by its module name, in the model's order.
+        schemes: of each layer by its module name, a head that has its embedding's codes last.
         members: stem -> the names on disk of all tensors ``stem.…``.
     """
 
@@ -38,6 +38,11 @@ class StoredLayers:
     def names(self, info: LinearInfo) -> tuple[str, ...]:
         """The names on disk of a layer's tensors, its bias among them."""
         return self.members.get(info.stem, ())
+
+    def tied(self, skeleton: Skeleton) -> frozenset[str]:
+        """The quantized embeddings whose codes are those of a tied head too."""
+        heads = {info.stem for info in skeleton.linears if info.tied and info.name in self.schemes}
+        return frozenset(info.name for info in skeleton.embeddings if info.stem in heads)
 
     def why_too_large(self, info: LinearInfo) -> str | None:
         """Why a layer's tensors are nothing to read: a stranger's may hold more than the memory; None: they can be."""
@@ -82,7 +87,7 @@ def stored_layers(skeleton: Skeleton, fmt: CheckpointFormat, config: Mapping[str
     """The quantized layers of an opened checkpoint.
 
     Where the format's config does not name them all, or names a layer by one of its names only, what is on disk
-    decides: a layer whose codes are not there is as it was.
+    decides: a layer whose codes are not there is as it was. A tied head without codes of its own has its embedding's.
 
     Args:
         skeleton: of the checkpoint.
@@ -95,19 +100,26 @@ def stored_layers(skeleton: Skeleton, fmt: CheckpointFormat, config: Mapping[str
     members: dict[str, list[str]] = {}
     for name in skeleton.checkpoint.tensors:
         members.setdefault(name.rpartition(".")[0], []).append(name)
-    asked = tuple(dict.fromkeys(name for info in skeleton.linears for name in _known_as(info)))
-    by_name = fmt.read_config(config, asked)
+    embeddings = {info.stem: info.name for info in skeleton.embeddings}
+    linears = [info for info in skeleton.linears if info.stem not in embeddings]
+    by_name = fmt.read_config(config, _asked(linears), _asked(skeleton.embeddings))
     schemes: dict[str, QuantScheme] = {}
-    for info in skeleton.linears:
+    for info in (*linears, *skeleton.embeddings):
         found = [by_name.get(name) for name in _known_as(info)]
         scheme = next((one for one in found if one is not None), None)
         if scheme is None:
             continue
         stored = any(f"{info.stem}.{leaf}" in skeleton.checkpoint.tensors for leaf in fmt.tensors)
         # A tied head that the config's targets cover is on disk as it was: it has no tensor at all.
-        if stored or (fmt.config_names_layers and None not in found and not info.tied):
+        if stored or (fmt.config_names_layers and None not in found and not info.tied and not info.embedding):
             schemes[info.name] = scheme
+    shared = {info.name: schemes.get(embeddings[info.stem]) for info in skeleton.linears if info.stem in embeddings}
+    schemes.update({name: scheme for name, scheme in shared.items() if scheme is not None})
     return StoredLayers(skeleton.checkpoint, fmt, schemes, {stem: tuple(names) for stem, names in members.items()})
+
+
+def _asked(infos: Iterable[LinearInfo]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for info in infos for name in _known_as(info)))
 
 
 def _known_as(info: LinearInfo) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from quantkit.activations import Activations
 from quantkit.capture import BlockInputs
 from quantkit.grid import dequantize, fake_quantize_activations
+from quantkit.head import solve_in_rows
 from quantkit.layer_plan import LayerPlan
 from quantkit.plan import Plan
 from quantkit.qtensor import QuantizedTensor
@@ -69,7 +70,7 @@ class Runner:
         return len(self.skeleton.blocks) + self.plan.measures_head
 
     def enter(self) -> Streams:
-        """The hidden states in front of the first block."""
+        """The hidden states in front of the first block; the quantized model's come from quantized embeddings."""
         place_buffers(self.skeleton.model, self.device)
         outside = self._read(_in_front(self.skeleton))
         assign(self.skeleton.model, outside)
@@ -80,9 +81,25 @@ class Runner:
             stores = stores or self._stores(state)
             for store in stores:
                 store[index] = state
-        release(self.skeleton.model)
         assert stores, "the caller gives samples whenever a solver measures"
+        rounded = self._rounded_embeddings()
+        if rounded:
+            assign(self.skeleton.model, rounded)
+            for index, tokens in enumerate(self.samples):
+                stores[0][index] = self.calls.first_hidden(self.skeleton, tokens[None].to(self.device))
+        release(self.skeleton.model)
         return Streams(stores[0], stores[1] if len(stores) > 1 else None)
+
+    def _rounded_embeddings(self) -> dict[str, Tensor]:
+        """The weights of the embeddings that will be quantized, as they will be: rounding measures nothing."""
+        found = {}
+        for layer in self.plan.block_layers(None):
+            if layer.info.embedding:
+                disk = self.plan.weight_tensor(layer)
+                weight = self._transforming.read_outside([disk], head=False)[disk]
+                solved = solve_in_rows(layer, weight, None, self.device, self.plan.dtype)
+                found[f"{layer.info.name}.weight"] = dequantize(solved.weight, self.plan.dtype)
+        return found
 
     def _stores(self, state: Tensor) -> list[Activations]:
         """Room for each stream's states, of which ``state`` [1, length, hidden] is one."""

@@ -177,7 +177,7 @@ def _check_target(
         dtype = skeleton.checkpoint.float_dtype
         facts = [
             replace(one, desc_act=config.get("desc_act") is True, reordered=reordered.get(one.name, False))
-            for one in model_facts(skeleton, stored.format.name, stored.schemes, dtype)
+            for one in model_facts(skeleton, stored.format.name, stored.schemes, dtype, tied=stored.tied(skeleton))
         ]
         for rule, names in broken(rules_for(target), facts):
             severity: Severity = "note" if rule.harm == "note" else "error"
@@ -261,7 +261,10 @@ def _verify_config(written: Checkpoint, plan: Plan) -> None:
     quantization = config.pop("quantization_config", None)
     if config != plan.config:
         raise CheckpointError(message(str(written.path), "config.json differs from what was planned", "run again"))
-    found = plan.format.read_config(quantization or {}, tuple(info.name for info in plan.skeleton.linears))
+    linears, embeddings = (
+        tuple(info.name for info in infos) for infos in (plan.skeleton.linears, plan.skeleton.embeddings)
+    )
+    found = plan.format.read_config(quantization or {}, linears, embeddings)
     if found != {layer.info.name: layer.scheme for layer in plan.layers}:
         raise CheckpointError(
             message(str(written.path), "quantization_config names other layers than were quantized", "run again")

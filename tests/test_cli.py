@@ -200,7 +200,8 @@ def test_recipe_errors(refused: Callable[..., str], tmp_path: Path) -> None:
     recipe.write_text("rules:\n  - match: '*.no_such_proj'\n    skip: true\n")
     assert "matches no linear layer" in refused("builtin", "--recipe", recipe)
     recipe.write_text("rules:\n  - {match: '*embed_tokens', scheme: w8a16}\n")
-    assert "means the embedding model.embed_tokens" in refused("builtin", "--recipe", recipe)
+    assert "model.embed_tokens: method gptq measures" in refused("builtin", "--recipe", recipe)
+    assert "add method: rtn" in refused("builtin", "--recipe", recipe)
     assert "cannot be read" in refused("builtin", "--recipe", tmp_path / "none.yaml")
 
 

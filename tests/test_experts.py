@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 import quantkit
+from quantkit.disk_names import conversions
 from quantkit.experts import (
     ExpertsInfo,
     ExpertSlot,
@@ -27,7 +28,6 @@ from quantkit.experts import (
     slot_on_disk,
     why_not_experts,
 )
-from quantkit.skeleton import _conversions
 
 INFO = ExpertsInfo("model.layers.3.mlp.experts", 4, 64, 32)
 
@@ -90,7 +90,7 @@ def test_every_family_is_read(family: str) -> None:
 def test_names_on_disk(family: str, leaves: dict[str, str]) -> None:
     model = meta_model(tiny_config(family))
     info = next(experts_info(name, module) for name, module in model.named_modules() if is_experts(module))
-    assert disk_leaves(info, _conversions(model)[1]) == leaves
+    assert disk_leaves(info, conversions(model)[1]) == leaves
     assert slot_on_disk(info, leaves, f"a.experts.3.{leaves['up_proj']}.weight") == (3, "up_proj")
     assert slot_on_disk(info, leaves, "a.experts.3.other.weight") is None
     with pytest.raises(quantkit.CheckpointError, match=f"is of expert 99; .* has {info.num_experts}"):
@@ -112,7 +112,7 @@ def test_other_layouts_are_refused(family: dict[str, Any], reason: str | None) -
     name, module = next((n, m) for n, m in model.named_modules() if is_experts(m))
     assert why_not_experts(module) == reason
     if reason is None:  # its checkpoints are stacked, and transformers has no names for single experts
-        assert disk_leaves(experts_info(name, module), _conversions(model)[1]) is None
+        assert disk_leaves(experts_info(name, module), conversions(model)[1]) is None
 
 
 def test_experts_of_transformers_that_does_not_say_everything() -> None:

@@ -33,6 +33,7 @@ class AWQCheckpoint:
     name: ClassVar[str] = "awq"
     holds_g_idx: ClassVar[bool] = False
     tensors: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    holds_embeddings: ClassVar[bool] = False
     config_names_layers: ClassVar[bool] = False
 
     def why_not(self, scheme: QuantScheme, shape: tuple[int, int] | None = None) -> str | None:
@@ -126,7 +127,12 @@ class AWQCheckpoint:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return layout_of(config) == self.name
 
-    def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        linears: tuple[str, ...],
+        embeddings: tuple[str, ...] = (),  # noqa: ARG002 - it has none
+    ) -> dict[str, QuantScheme]:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return read_packed_config(config, linears)
 

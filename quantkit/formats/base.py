@@ -19,6 +19,8 @@ class CheckpointFormat(Protocol):
     """Whether it stores reordered groups (``QuantizedTensor.g_idx``)."""
     tensors: ClassVar[tuple[str, ...]]
     """What it stores for a layer besides the bias; codes are under the first, or under ``weight``."""
+    holds_embeddings: ClassVar[bool]
+    """Whether its config can say that an embedding is quantized."""
     config_names_layers: ClassVar[bool]
     """Whether the config alone says which layers are quantized; otherwise it is those whose codes are there."""
 
@@ -52,7 +54,7 @@ class CheckpointFormat(Protocol):
         """The ``quantization_config``.
 
         Args:
-            schemes: of every quantized module by its names, or by ``re:`` patterns.
+            schemes: of every quantized module by its names, by ``re:`` patterns, or by the class ``Embedding``.
             skipped: linear modules left as they are.
             reordered: whether some layer may have a g_idx.
 
@@ -69,8 +71,10 @@ class CheckpointFormat(Protocol):
         """Whether a ``quantization_config`` is of this format."""
         ...
 
-    def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
-        """The scheme of each quantized one of the model's linear modules.
+    def read_config(
+        self, config: Mapping[str, Any], linears: tuple[str, ...], embeddings: tuple[str, ...] = ()
+    ) -> dict[str, QuantScheme]:
+        """The scheme of each quantized one of the model's linear modules and embeddings.
 
         Raises:
             CheckpointError: malformed, or something that quantkit does not run.

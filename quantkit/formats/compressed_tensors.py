@@ -6,7 +6,6 @@ both says "mixed-precision" at the top of its config, and each config group name
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -17,14 +16,14 @@ from torch import Tensor
 from quantkit.arch import fused_names
 from quantkit.errors import CheckpointError, SchemeError, UnreadFormatError, message
 from quantkit.formats.checks import FLOATS, check_scale, check_tensor
+from quantkit.formats.packed_config import IN_BLOCK
 from quantkit.packing import pack, packed_words, unpack
-from quantkit.patterns import Patterns, Targets
+from quantkit.patterns import Patterns, Targets, first_match
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
 _VERSION = "0.17.0"  # of the config's layout, as its readers know it
 _WHERE = "config.json: quantization_config"
-_IN_BLOCK = re.compile(r"\.\d+\.")  # the module names of decoder blocks hold their index
 _INT8_BITS = 8
 _PACKED, _INT8, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
@@ -94,6 +93,7 @@ class CompressedTensors:
         "input_scale",
         "input_zero_point",
     )
+    holds_embeddings: ClassVar[bool] = True
     config_names_layers: ClassVar[bool] = True
 
     def why_not(self, scheme: QuantScheme, shape: tuple[int, int] | None = None) -> str | None:  # noqa: ARG002
@@ -134,7 +134,7 @@ class CompressedTensors:
         """See :class:`quantkit.formats.base.CheckpointFormat`.
 
         The commonest scheme targets the class Linear, the others their modules by name: readers take the first
-        group that matches, and look at names before classes. The output head is always named.
+        group that matches, and look at names before classes. The output head and embeddings are always named.
         """
         counts: dict[QuantScheme, int] = {}
         for scheme in schemes.values():
@@ -144,8 +144,8 @@ class CompressedTensors:
         for index, scheme in enumerate(order):
             names = [n for n, s in schemes.items() if s == scheme]
             if scheme is order[-1]:
-                # The engines' output head is of another class: only its name reaches it.
-                names = ["Linear", *(n for n in names if not _IN_BLOCK.search(n))]
+                # The engines' output head is of another class (and embeddings are): only its name reaches it.
+                names = ["Linear", *(n for n in names if not IN_BLOCK.search(n))]
             groups[f"group_{index}"] = {
                 "targets": names,
                 "weights": _weight_arguments(scheme),
@@ -175,7 +175,9 @@ class CompressedTensors:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return config.get("quant_method") == self.name
 
-    def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
+    def read_config(
+        self, config: Mapping[str, Any], linears: tuple[str, ...], embeddings: tuple[str, ...] = ()
+    ) -> dict[str, QuantScheme]:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         _check_layouts(config)
         try:
@@ -199,17 +201,14 @@ class CompressedTensors:
         ignored = Targets(tuple(parsed.ignore or ()), patterns)
         ranked = [(Targets(tuple(group.targets), patterns), scheme) for group, scheme in groups]
         found: dict[str, QuantScheme] = {}
-        for linear in () if ignored.has_name("Linear") else linears:
-            names = (linear, *fused_names(linear))  # configs made for vLLM may name what it fuses
-            if any(name in ignored for name in names):
-                continue
-            # As its own package ranks them: exact names, then patterns, then the class.
-            by_name = (s for targets, s in ranked if any(map(targets.has_name, names)))
-            by_pattern = (s for targets, s in ranked if any(map(targets.has_pattern, names)))
-            by_class = (s for targets, s in ranked if targets.has_name("Linear"))
-            scheme = next(by_name, None) or next(by_pattern, None) or next(by_class, None)
-            if scheme is not None:
-                found[linear] = scheme
+        for kind, modules in (("Linear", linears), ("Embedding", embeddings)):
+            for module in () if ignored.has_name(kind) else modules:
+                names = (module, *fused_names(module))  # configs made for vLLM may name what it fuses
+                if any(name in ignored for name in names):
+                    continue
+                scheme = first_match(ranked, names, kind)
+                if scheme is not None:
+                    found[module] = scheme
         return found
 
 

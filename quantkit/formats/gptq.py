@@ -34,6 +34,7 @@ class GPTQCheckpoint:
     name: ClassVar[str] = "gptq"
     holds_g_idx: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    holds_embeddings: ClassVar[bool] = False
     config_names_layers: ClassVar[bool] = False
     offset: ClassVar[int] = 1
     """What is taken from a zero point before it is stored."""
@@ -138,7 +139,12 @@ class GPTQCheckpoint:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return layout_of(config) == self.name
 
-    def read_config(self, config: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, QuantScheme]:
+    def read_config(
+        self,
+        config: Mapping[str, Any],
+        linears: tuple[str, ...],
+        embeddings: tuple[str, ...] = (),  # noqa: ARG002 - it has none
+    ) -> dict[str, QuantScheme]:
         """See :class:`quantkit.formats.base.CheckpointFormat`."""
         return read_packed_config(config, linears)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from quantkit.embedding import QuantEmbedding
 from quantkit.formats import CheckpointFormat
 from quantkit.linear import QuantLinear
 from quantkit.qtensor import QuantizedTensor
@@ -14,15 +15,15 @@ from quantkit.safetensors_header import TensorInfo
 from quantkit.scheme import QuantScheme
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose parameters are the tensors of a format, under their names on disk.
+class PackedLayer(nn.Module):
+    """A layer whose parameters are the tensors of a format, under their names on disk.
 
     It stands in a model while transformers reads, places and offloads parameters. What is in memory afterwards becomes
-    a :class:`QuantLinear` (:meth:`unpacked`). What accelerate has offloaded stays as it is: its tensors come for each
-    call and go after it, and so each call decodes them.
+    a :class:`QuantLinear` or :class:`QuantEmbedding` (:meth:`unpacked`). What accelerate has offloaded stays as it is:
+    its tensors come for each call and go after it, and so each call decodes them.
 
     Attributes:
-        dtype: of the activations and of the bias.
+        dtype: of the activations, or of an embedding's rows, and of the bias.
 
     Args:
         name: the layer's, for error messages.
@@ -65,6 +66,14 @@ class PackedLinear(nn.Module):
         tensors = {name: p.detach() for name, p in self.named_parameters()}
         return self._format.decode(self._name, tensors, self._scheme, (self.out_features, self.in_features))
 
+    def unpacked(self) -> nn.Module:
+        """The layer that runs, on the device where the tensors are."""
+        raise NotImplementedError
+
+
+class PackedLinear(PackedLayer):
+    """A linear layer as it is on disk."""
+
     def unpacked(self, backend: str | None = None) -> QuantLinear:
         """The same layer on a kernel backend, on the device where the tensors are."""
         bias = self._parameters.get("bias")
@@ -74,3 +83,34 @@ class PackedLinear(nn.Module):
         """``x @ Wᵀ + bias``, decoded anew; see :meth:`QuantLinear.forward`."""
         y: Tensor = self.unpacked("reference")(x)
         return y
+
+
+class PackedEmbedding(PackedLayer):
+    """An embedding as it is on disk.
+
+    Args:
+        dense: the embedding that it stands for.
+        others: see :class:`PackedLayer`.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        name: str,
+        shape: tuple[int, int],
+        scheme: QuantScheme,
+        fmt: CheckpointFormat,
+        tensors: Mapping[str, TensorInfo],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(name, shape, scheme, fmt, tensors, dtype)
+        object.__setattr__(self, "_dense", dense)  # not as a submodule: its weight is nothing to load
+
+    def unpacked(self) -> QuantEmbedding:
+        """The same embedding, on the device where the tensors are."""
+        return QuantEmbedding.in_place_of(self._dense, self.quantized(), dtype=self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of ``ids``, decoded anew, all of the weight with them."""
+        rows: Tensor = self.unpacked()(ids)
+        return rows

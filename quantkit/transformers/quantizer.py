@@ -12,14 +12,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.errors import CheckpointError, message
+from quantkit.embedding import QuantEmbedding
+from quantkit.errors import CheckpointError, InputError, message
 from quantkit.experts import DOWN, GATE_UP, LEAVES, SplitExperts, disk_leaves
 from quantkit.formats import format_of
 from quantkit.joining import separated
 from quantkit.linear import QuantLinear
-from quantkit.skeleton import Skeleton, open_skeleton
+from quantkit.skeleton import Skeleton, forget_ties, open_skeleton
 from quantkit.stored import stored_layers
-from quantkit.transformers.packed import PackedLinear
+from quantkit.transformers.packed import PackedEmbedding, PackedLayer, PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ class QuantkitQuantizer(HfQuantizer):
         self._on_disk: dict[str, Any] = quantization_config.to_dict()
         self._format = format_of(self._on_disk)
         self._split_leaves: dict[str, str] = {}
+        self._ties: dict[str, str] = {}  # a head that has its embedding's codes -> that embedding
 
     def _process_model_before_weight_loading(
         self,
@@ -50,7 +52,7 @@ class QuantkitQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,  # noqa: ARG002 - transformers' own
     ) -> PreTrainedModel:
-        """Put a :class:`PackedLinear` in the place of every layer that is quantized on disk."""
+        """Put a :class:`PackedLayer` in the place of every layer that is quantized on disk."""
         if not checkpoint_files:
             raise CheckpointError(
                 message("from_pretrained", "no files to read quantized weights from", "give a directory or a hub id")
@@ -63,18 +65,34 @@ class QuantkitQuantizer(HfQuantizer):
         if any(info.expert is not None and info.name in schemes for info in skeleton.linears):
             _check_no_stack(checkpoint)
             self._split_experts(model, skeleton, compute)
-        for info in skeleton.linears:
+        embeddings = {info.stem: info.name for info in skeleton.embeddings}
+        for info in skeleton.layers:
             scheme = schemes.get(info.name)
             if scheme is None:
+                continue
+            if info.tied and info.stem in embeddings:
+                self._tie(model, info.name, embeddings[info.stem])
                 continue
             stored.check_size(info)  # before transformers reads them
             tensors = {name.rpartition(".")[2]: skeleton.checkpoint.tensors[name] for name in stored.names(info)}
             shape = (info.out_features, info.in_features)
-            packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)
             name = _name_in(model, info.name)
+            packed: PackedLayer
+            if info.embedding:
+                dense = model.get_submodule(name)
+                packed = PackedEmbedding(dense, info.name, shape, scheme, self._format, tensors, compute)
+                forget_ties(model, name)
+            else:
+                packed = PackedLinear(info.name, shape, scheme, self._format, tensors, compute)
             model.set_submodule(name, packed)
             _nothing_to_initialize(model.get_submodule(name.rpartition(".")[0]))
         return model
+
+    def _tie(self, model: PreTrainedModel, head: str, embedding: str) -> None:
+        """Put nothing in the place of a head that has its embedding's codes; AutoModel's have no head."""
+        if any(name == head for name, _ in model.named_modules()):
+            model.set_submodule(head, nn.Identity())
+            self._ties[head] = embedding
 
     def _split_experts(self, model: PreTrainedModel, skeleton: Skeleton, dtype: torch.dtype) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -111,17 +129,19 @@ class QuantkitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:  # noqa: ARG002
         """Pack layer after layer for its backend; what it was loaded into is freed at once."""
-        for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+        for head, embedding in self._ties.items():
+            source = model.get_submodule(embedding)
+            assert isinstance(source, PackedEmbedding)
+            if not source.is_here:
+                what = f"{head} has its codes, and it is offloaded"
+                raise CheckpointError(message(embedding, what, "let the device map keep it in memory"))
+            _put(model, head, QuantLinear(source.quantized(), dtype=source.dtype).train(source.training))
+        for name in [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]:
             packed = model.get_submodule(name)
-            assert isinstance(packed, PackedLinear)
+            assert isinstance(packed, PackedLayer)
             if not packed.is_here:
                 continue
-            layer = packed.unpacked().train(packed.training)
-            model.set_submodule(name, layer)
-            if hasattr(packed, "_hf_hook"):  # of a device map that places this very layer
-                from accelerate.hooks import add_hook_to_module
-
-                add_hook_to_module(layer, packed._hf_hook)
+            _put(model, name, packed.unpacked().train(packed.training))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -131,12 +151,16 @@ class QuantkitQuantizer(HfQuantizer):
         """
         state: dict[str, Tensor] = {}
         for name, module in separated(model, remove_duplicate=False):
-            tensors = self._encoded(module) if isinstance(module, QuantLinear) else _own_tensors(module)
+            if name in self._ties:
+                continue  # its codes are the embedding's
+            quantized = isinstance(module, QuantLinear | QuantEmbedding)
+            tensors = self._encoded(module) if quantized else _own_tensors(module)
             state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
         return state, {}
 
-    def _encoded(self, layer: QuantLinear) -> dict[str, Tensor]:
-        bias = {} if layer.bias is None else {"bias": layer.bias}
+    def _encoded(self, layer: QuantLinear | QuantEmbedding) -> dict[str, Tensor]:
+        has_bias = isinstance(layer, QuantLinear) and layer.bias is not None
+        bias = {"bias": layer.bias} if has_bias else {}
         return {**self._format.encode(layer.quantized()), **bias}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -144,6 +168,8 @@ class QuantkitQuantizer(HfQuantizer):
         for name, module in separated(model):
             if isinstance(module, QuantLinear):
                 model.set_submodule(name, _dense(module, dtype or module.spec.dtype))
+            elif isinstance(module, QuantEmbedding):
+                model.set_submodule(name, _dense_embedding(name, module, dtype or module.dtype))
         return model
 
     def is_serializable(self) -> bool:
@@ -154,6 +180,16 @@ class QuantkitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on top are: gradients pass through the quantized layers to their inputs."""
         return True
+
+
+def _put(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of what stood for it, with the hook of a device map that places this very layer."""
+    hook = getattr(model.get_submodule(name), "_hf_hook", None)
+    model.set_submodule(name, layer)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer.to(getattr(hook, "execution_device", None)), hook)
 
 
 def _check_no_stack(checkpoint: Checkpoint) -> None:
@@ -180,6 +216,15 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a module itself, as a state_dict has them."""
     buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
     return {n: t.detach() for n, t in {**module._parameters, **buffers}.items() if t is not None}
+
+
+def _dense_embedding(name: str, layer: QuantEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    if layer.embed_scale is not None:
+        what = "scales its rows, which a dense nn.Embedding does not"
+        raise InputError(message(f"{name}: dequantize", what, "load the original model"))
+    weight = layer.dequantize().to(dtype)
+    dense = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=True)
+    return dense.train(layer.training)
 
 
 def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
