@@ -130,7 +130,7 @@ class QuantEmbedding(nn.Module):
 
     def _rows(self, ids: Tensor) -> Tensor:
         codes = unpack_rows(self.weight_packed.index_select(0, ids), self.scheme.bits, self.embedding_dim)
-        stored = cast("Tensor | None", self._buffers.get("zero_point"))
+        stored = self._buffers.get("zero_point")
         zero_point = self.scheme.mid if stored is None else stored.index_select(0, ids)
         return dequantize_groups(codes, self.scale.index_select(0, ids), zero_point, self.dtype)
 

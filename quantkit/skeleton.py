@@ -326,7 +326,9 @@ def _linear_infos(
 def _embedding_infos(model: PreTrainedModel, block_path: str, renamed: Mapping[str, str]) -> Iterator[LinearInfo]:
     for name, module in model.named_modules():
         if why_not_embedding(module) is None:
-            rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            rows, columns = weight.shape
             local, stem, block = _place(name, block_path, renamed)
             yield LinearInfo(name, local, stem, int(rows), int(columns), False, block, False, embedding=True)
 

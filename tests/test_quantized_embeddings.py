@@ -52,6 +52,10 @@ def targets(path: Path) -> list[str]:
     return sorted(one for group in config["quantization_config"]["config_groups"].values() for one in group["targets"])
 
 
+def loaded(path: Path, **options: Any) -> Any:
+    return quantkit.load(path, **options)
+
+
 def tensors(path: Path) -> dict[str, Tensor]:
     return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
 
@@ -73,11 +77,11 @@ def test_every_family_is_written_and_opened(
     """The rows are those of the dense module with the decoded weight; both loaders agree; saving gives it back."""
     name, out = NAMES.get(family, "model.embed_tokens"), tmp_path / "q"
     result = quantkit.quantize(tiny(family), out, recipe=recipe(rule(name), HEAD))
-    model = quantkit.load(out)
+    model = loaded(out)
     embedding, head = model.get_submodule(name), model.get_output_embeddings()
     assert isinstance(embedding, quantkit.QuantEmbedding)
     assert model.get_input_embeddings() is embedding
-    dense = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).get_submodule(name)
+    dense: Any = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).get_submodule(name)
     before = dense.weight.clone()
     dense.weight.copy_(embedding.weight)
     assert torch.equal(embedding(IDS), dense(IDS))
@@ -95,7 +99,7 @@ def test_every_family_is_written_and_opened(
     found, expected = tensors(tmp_path / "again"), tensors(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert torch.equal(quantkit.load(tmp_path / "again")(IDS).logits, model(IDS).logits)
+    assert torch.equal(loaded(tmp_path / "again")(IDS).logits, model(IDS).logits)
     records = {layer["name"]: layer for layer in result.report["layers"]}
     assert records[name]["scheme"] == "w8a16_g32_sym"
     assert records[name]["shape"] == (VOCAB, 64)
@@ -139,7 +143,7 @@ def test_a_head_that_is_measured_has_codes_of_its_own(
 ) -> None:
     rules = (EMBED, {"match": "lm_head", "scheme": "w8a16_g32"})
     quantkit.quantize(tiny("qwen2"), tmp_path / "q", recipe=recipe(*rules, method="gptq"), tokens=tokens)
-    model = quantkit.load(tmp_path / "q")
+    model = loaded(tmp_path / "q")
     assert not model.config.tie_word_embeddings
     digests = [m.quantized().digest() for m in (model.get_output_embeddings(), model.get_input_embeddings())]
     assert digests[0] != digests[1]
@@ -200,7 +204,7 @@ def test_learned_positions(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     quantkit.quantize(tiny("gpt2"), tmp_path / "two", recipe=recipe(word, HEAD, rule("transformer.wpe")))
     names = ["Embedding", "Linear", "lm_head", "transformer.wpe", "transformer.wte"]
     assert targets(tmp_path / "two") == names
-    model = quantkit.load(tmp_path / "two")
+    model = loaded(tmp_path / "two")
     assert isinstance(model.transformer.wpe, quantkit.QuantEmbedding)
     assert bool(model(IDS).logits.isfinite().all())
 
@@ -210,7 +214,7 @@ def test_configs_of_others(named: list[str], tiny: Callable[[str], Path], tmp_pa
     """llm-compressor names the class, others the module or a pattern; a class alone leaves linear layers out."""
     path = tmp_path / "q"
     quantkit.quantize(tiny("llama"), path, recipe=recipe({"match": "*", "skip": True}, EMBED))
-    expected = quantkit.load(path)(IDS).logits
+    expected = loaded(path)(IDS).logits
     config = json.loads((path / "config.json").read_text())
     (group,) = config["quantization_config"]["config_groups"].values()
     assert group["format"] == "pack-quantized"
@@ -218,11 +222,11 @@ def test_configs_of_others(named: list[str], tiny: Callable[[str], Path], tmp_pa
     config["quantization_config"]["ignore"] = []
     (path / "config.json").write_text(json.dumps(config))
     assert verify(path).findings == ()
-    assert torch.equal(quantkit.load(path)(IDS).logits, expected)
+    assert torch.equal(loaded(path)(IDS).logits, expected)
     config["quantization_config"]["ignore"] = ["model.embed_tokens"]
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(quantkit.CheckpointError, match="missing"):
-        quantkit.load(path)
+        loaded(path)
 
 
 def test_spoiled_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_spoiled_files(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     ):
         save_file({**held, **change}, file, metadata={"format": "pt"})
         with pytest.raises(quantkit.CheckpointError, match=reason):
-            quantkit.load(path)
+            loaded(path)
         assert any(reason in finding.what + finding.where for finding in verify(path).findings)
 
 
@@ -247,10 +251,10 @@ def test_rotation_comes_first(family: str, tiny: Callable[[str], Path], tmp_path
     rotated = [{"name": "rotation", "seed": 3}]
     quantkit.quantize(tiny(family), tmp_path / "dense", recipe=recipe(transforms=rotated))
     quantkit.quantize(tiny(family), tmp_path / "q", recipe=recipe(EMBED, transforms=rotated))
-    whole, part = quantkit.load(tmp_path / "dense"), quantkit.load(tmp_path / "q")
+    whole, part = loaded(tmp_path / "dense"), loaded(tmp_path / "q")
     weight, found = whole.get_input_embeddings().weight, part.get_input_embeddings().weight
     assert float((found - weight).abs().max()) < float(weight.abs().max()) / 200
-    original = quantkit.load(tiny(family)).get_input_embeddings().weight.detach()
+    original = loaded(tiny(family)).get_input_embeddings().weight.detach()
     assert float((found - original).abs().max()) > float(original.abs().max()) / 10
     assert torch.equal(part.get_output_embeddings().weight, whole.get_output_embeddings().weight)
     quantkit.quantize(tiny(family), tmp_path / "both", recipe=recipe(EMBED, HEAD, transforms=rotated))
@@ -266,7 +270,7 @@ def test_what_is_measured_comes_from_the_quantized_embedding(
     quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=recipe(embed, method="gptq"), tokens=tokens)
     rounded = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
     with torch.no_grad():
-        rounded.model.embed_tokens.weight.copy_(quantkit.load(tmp_path / "q").get_input_embeddings().weight)
+        rounded.model.embed_tokens.weight.copy_(loaded(tmp_path / "q").get_input_embeddings().weight)
     rounded.save_pretrained(tmp_path / "rounded")
     quantkit.quantize(tmp_path / "rounded", tmp_path / "r", recipe=recipe(method="gptq"), tokens=tokens)
     one, other = tensors(tmp_path / "q"), tensors(tmp_path / "r")
@@ -327,7 +331,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 def test_the_compiled_step_has_the_same_tokens(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     quantkit.quantize(tiny(family), tmp_path / "q", recipe=recipe(EMBED, HEAD))
-    model = quantkit.load(tmp_path / "q", dtype="bfloat16")
+    model = loaded(tmp_path / "q", dtype="bfloat16")
     prompt, stops = torch.tensor([1, 17, 30, 4, 99, 8, 51]), frozenset[int]()
     eager = list(generate(Decoder(model, 19), prompt, 12, stops, Sampling()))
     torch._dynamo.reset()
@@ -339,7 +343,7 @@ def test_the_compiled_step_has_the_same_tokens(family: str, tiny: Callable[[str]
 def test_a_token_reads_one_row(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     quantkit.quantize(tiny("llama"), tmp_path / "dense", recipe=recipe())
     quantkit.quantize(tiny("llama"), tmp_path / "q", recipe=recipe(EMBED))
-    dense, model = quantkit.load(tmp_path / "dense"), quantkit.load(tmp_path / "q")
+    dense, model = loaded(tmp_path / "dense"), loaded(tmp_path / "q")
     assert weight_bytes(dense) - weight_bytes(model) == 64 * 4 - (64 + 2 * 4)  # a float32 row, and 8 bits with 2 scales
 
 
@@ -400,7 +404,7 @@ def test_transformers_without_a_head_offloaded_and_dense_again(
     quantkit.quantize(tiny("llama"), tmp_path / "l", recipe=recipe(EMBED))
     offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "l", device_map=places, offload_folder=tmp_path / "ol")
     assert all(parameter.is_meta for parameter in offloaded.model.embed_tokens.parameters())
-    expected = quantkit.load(tmp_path / "l")(IDS).logits
+    expected = loaded(tmp_path / "l")(IDS).logits
     torch.testing.assert_close(offloaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -408,8 +412,8 @@ def test_gemma_s_scale_is_kept(tmp_path: Path) -> None:
     """In bfloat16 the factor is rounded before it multiplies, as in the family's own class."""
     source = save_tiny("gemma3_text", tmp_path / "m", dtype=torch.bfloat16, hidden_size=96)
     quantkit.quantize(source, tmp_path / "q", recipe=recipe(EMBED, HEAD))
-    found = quantkit.load(tmp_path / "q").get_input_embeddings()
-    dense = quantkit.load(source).get_input_embeddings()
+    found = loaded(tmp_path / "q").get_input_embeddings()
+    dense = loaded(source).get_input_embeddings()
     with torch.no_grad():
         dense.weight.copy_(found.weight)
         assert torch.equal(found(IDS), dense(IDS))

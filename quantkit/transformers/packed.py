@@ -104,11 +104,11 @@ class PackedEmbedding(PackedLayer):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(name, shape, scheme, fmt, tensors, dtype)
-        object.__setattr__(self, "_dense", dense)  # not as a submodule: its weight is nothing to load
+        self._dense = (dense,)  # not as a submodule: its weight is nothing to load
 
     def unpacked(self) -> QuantEmbedding:
         """The same embedding, on the device where the tensors are."""
-        return QuantEmbedding.in_place_of(self._dense, self.quantized(), dtype=self.dtype)
+        return QuantEmbedding.in_place_of(self._dense[0], self.quantized(), dtype=self.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of ``ids``, decoded anew, all of the weight with them."""

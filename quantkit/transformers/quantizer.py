@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,15 +153,16 @@ class QuantkitQuantizer(HfQuantizer):
         for name, module in separated(model, remove_duplicate=False):
             if name in self._ties:
                 continue  # its codes are the embedding's
-            quantized = isinstance(module, QuantLinear | QuantEmbedding)
-            tensors = self._encoded(module) if quantized else _own_tensors(module)
+            if isinstance(module, QuantLinear | QuantEmbedding):
+                tensors = self._encoded(module)
+            else:
+                tensors = _own_tensors(module)
             state.update({f"{name}.{leaf}" if name else leaf: tensor for leaf, tensor in tensors.items()})
         return state, {}
 
     def _encoded(self, layer: QuantLinear | QuantEmbedding) -> dict[str, Tensor]:
-        has_bias = isinstance(layer, QuantLinear) and layer.bias is not None
-        bias = {"bias": layer.bias} if has_bias else {}
-        return {**self._format.encode(layer.quantized()), **bias}
+        bias = layer.bias if isinstance(layer, QuantLinear) else None
+        return {**self._format.encode(layer.quantized()), **({} if bias is None else {"bias": bias})}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For model.dequantize(): dense layers of the same weights, one after another."""
@@ -223,8 +224,8 @@ def _dense_embedding(name: str, layer: QuantEmbedding, dtype: torch.dtype) -> nn
         what = "scales its rows, which a dense nn.Embedding does not"
         raise InputError(message(f"{name}: dequantize", what, "load the original model"))
     weight = layer.dequantize().to(dtype)
-    dense = nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=True)
-    return dense.train(layer.training)
+    dense = nn.Embedding.from_pretrained(weight, padding_idx=layer.padding_idx)
+    return cast(nn.Embedding, dense.train(layer.training))
 
 
 def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
