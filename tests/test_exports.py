@@ -38,6 +38,7 @@ PUBLIC = {
     "KernelError",
     "MixedPlan",
     "OutputError",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantScheme",
     "QuantizedTensor",
