@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
+from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, bytes_ir, scratch_of_bytes
 from quantkit.kernels.jit_compile import addresses, function
 from quantkit.kernels.jit_ir import matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
@@ -55,6 +56,11 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     return target_here().bfloat16 and dtype == torch.bfloat16
 
 
+def multiplies_bytes(dtype: torch.dtype, group: int) -> bool:
+    """Whether one row of this dtype is multiplied in bytes, with groups of so many columns."""
+    return target_here().int8 and dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
+
+
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
     """``x @ Wᵀ`` for a weight in panels.
 
@@ -72,8 +78,7 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     words, scale, zeros = weight_in_line(words, scale, zeros)
     y = torch.empty(x.shape[0], scale.shape[0] * PANEL, dtype=x.dtype)
     if y.numel():
-        fill = _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
-        fill(x, words, scale, zeros, bits, y)
+        _fill_of(x, scale.shape[1])(x, words, scale, zeros, bits, y)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 
@@ -103,25 +108,72 @@ def tile_kernel(
     return _tile_kernel(target, Kind(bits, group, symmetric, TYPES[scale]), TYPES[dtype], tokens)
 
 
-def kernel_of_one_row(bits: int, group: int, symmetric: bool, scale: torch.dtype, dtype: torch.dtype) -> int:
-    """The address of the kernel that :func:`product` calls for one row of x; arguments as for :func:`tile_kernel`."""
-    kind = Kind(bits, group, symmetric, TYPES[scale])
-    return _kernel_of_one_row(target_here(), kind, None if multiplies_bfloat16(dtype) else TYPES[dtype])
+def kernel_of_one_row(
+    bits: int, in_features: int, groups: int, symmetric: bool, scale: torch.dtype, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What :func:`product` calls for one row of x, where that is not the kernel for pairs of bfloat16.
+
+    Args:
+        bits, in_features, groups, symmetric: the weight.
+        scale: dtype of the scales.
+        dtype: of x and y.
+
+    Returns:
+        The kernel's address (its arguments are those of :func:`quantkit.kernels.jit_tile_ir.tile_ir`) and the float32
+        numbers of its scratch.
+    """
+    kind = Kind(bits, in_features // groups, symmetric, TYPES[scale])
+    if multiplies_bytes(dtype, kind.group):
+        return _address_of_bytes(target_here(), kind, TYPES[dtype]), scratch_of_bytes(in_features, groups)
+    return _address_of_tile(target_here(), kind, TYPES[dtype]), scratch_numbers(1, in_features, groups, bits)
+
+
+_Fill = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, Tensor], None]
+
+
+def _fill_of(x: Tensor, groups: int) -> _Fill:
+    """How the product with x is written."""
+    if x.shape[0] == 1 and multiplies_bytes(x.dtype, x.shape[1] // groups):
+        return _fill_by_bytes
+    return _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
+
+
+def _fill_by_bytes(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
+    """The product with one row by the kernel that multiplies bytes."""
+    groups, in_features = scale.shape[1], x.shape[1]
+    kind = Kind(bits, in_features // groups, zeros is None, TYPES[scale.dtype])
+    kernel = _bytes_kernel(target_here(), kind, TYPES[x.dtype])
+    _run_tiles(kernel, scratch_of_bytes(in_features, groups), 1, x, words, scale, zeros, y)
 
 
 def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
     """The product by the kernel that multiplies float32."""
-    (panels, groups), in_features, target = scale.shape[:2], x.shape[1], target_here()
-    weight = weight_pointers(words, scale, zeros)
-    cuts = parts(panels, words.nbytes)
+    groups, in_features, target = scale.shape[1], x.shape[1], target_here()
     for start, tokens, tiles in tiles_of(x.shape[0], target.tile):
         kernel = tile_kernel(target, bits, in_features // groups, zeros is None, scale.dtype, x.dtype, tokens)
         size = scratch_numbers(tokens * tiles, in_features, groups, bits)
-        scratch = torch.empty(len(cuts), size, dtype=torch.float32)
-        source, own, to = x[start].data_ptr(), scratch.data_ptr(), y[start].data_ptr()
-        numbers = (groups, y.shape[1])
-        calls = [(*weight, source, own + 4 * size * i, to, tiles, *cut, *numbers) for i, cut in enumerate(cuts)]
-        run(kernel, calls)
+        _run_tiles(kernel, size, tiles, x[start], words, scale, zeros, y[start:])
+
+
+def _run_tiles(
+    kernel: Callable[..., None],
+    size: int,
+    tiles: int,
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zeros: Tensor | None,
+    y: Tensor,
+) -> None:
+    """A kernel's calls for all panels; each has a scratch of its own, of so many float32 numbers."""
+    (panels, groups), cuts = scale.shape[:2], parts(scale.shape[0], words.nbytes)
+    scratch = torch.empty(len(cuts), size, dtype=torch.float32)
+    weight, source, to = weight_pointers(words, scale, zeros), x.data_ptr(), y.data_ptr()
+    own = scratch.data_ptr()
+    calls = [
+        (*weight, source, own + 4 * size * i, to, tiles, *cut, groups, panels * PANEL) for i, cut in enumerate(cuts)
+    ]
+    run(kernel, calls)
 
 
 def _fill_by_pairs(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
@@ -163,9 +215,18 @@ def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callabl
 
 
 @cache
-def _kernel_of_one_row(target: Target, kind: Kind, dtype: str | None) -> int:
-    source = matvec_ir(kind, 1) if dtype is None else tile_ir(kind, dtype, 1, target.chains)
-    return addresses(source, target, [NAME])[0]
+def _bytes_kernel(target: Target, kind: Kind, dtype: str) -> Callable[..., None]:
+    return function(bytes_ir(kind, dtype), target, len(POINTERS), len(NUMBERS))
+
+
+@cache
+def _address_of_bytes(target: Target, kind: Kind, dtype: str) -> int:
+    return addresses(bytes_ir(kind, dtype), target, [NAME])[0]
+
+
+@cache
+def _address_of_tile(target: Target, kind: Kind, dtype: str) -> int:
+    return addresses(tile_ir(kind, dtype, 1, target.chains), target, [NAME])[0]
 
 
 @cache

@@ -10,7 +10,7 @@ A code of 8 bits is two nibbles, each with a tile of its own.
 
 from __future__ import annotations
 
-from quantkit.kernels.jit_text import NAME, SIZES, Kind, Lines, center
+from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines, center
 from quantkit.kernels.panels import unit_columns
 
 TILE_ROWS = 16
@@ -29,7 +29,6 @@ declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 
 
@@ -49,7 +48,7 @@ def amx_ir(kind: Kind, tiles: int) -> str:
         kind: the weight; its groups are whole tiles.
         tiles: of 16 rows of x, at most :data:`MOST_TILES`.
     """
-    return _HEADER + "\n".join(_Writer(kind, tiles).text())
+    return PREFETCH + _HEADER + "\n".join(_Writer(kind, tiles).text())
 
 
 class _Writer(Lines):
@@ -109,7 +108,7 @@ class _Writer(Lines):
         for chunk in range(self.chunks):
             for unit in range(self.units):
                 here = self.after(words, 64 * (chunk * self.units + unit))
-                self.lines.append(f"  call void @llvm.prefetch.p0(ptr {self.after(here, _AHEAD)}, i32 0, i32 0, i32 1)")
+                self.prefetch(here, _AHEAD)
                 word = self.let(f"load <32 x i16>, ptr {here}, align 64")
                 for nibble in range(4):
                     pair, plane = divmod(nibble, self.planes)

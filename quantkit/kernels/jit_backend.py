@@ -34,7 +34,7 @@ class JitBackend:
         panel_scale: [panels, groups, 16], the dtype that ships.
         panel_zero: uint8 [panels, groups, 16]; asymmetric only.
         order: int32 [in]; only with g_idx: the column of x for each packed column. x is permuted once a product.
-        call: int64 [11], addresses of the others, see :mod:`quantkit.kernels.jit_step`; not with torch below 2.10.
+        call: int64 [9], addresses of the others, see :mod:`quantkit.kernels.jit_step`; not with torch below 2.10.
     """
 
     name: ClassVar[str] = "cpu_jit"
@@ -82,7 +82,7 @@ class JitBackend:
         if call is None or flat.shape[0] != 1 or torch.compiler.is_exporting():
             y = panels_linear(flat, words, scale, zeros, order, spec.scheme.bits, spec.out_features)
         else:
-            y = step(reordered(flat, order).contiguous(), scale, zeros, call)[:, : spec.out_features]
+            y = step(reordered(flat, order).contiguous(), scale.shape[0], call)[:, : spec.out_features]
         return add_bias(y, bias).view(*x.shape[:-1], spec.out_features)
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:

@@ -8,13 +8,11 @@ would overflow (measured for 4096 x 4096: 3.5 ms instead of 30).
 
 from __future__ import annotations
 
-from quantkit.kernels.jit_text import NAME, SIZES, Kind, Lines, center
+from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines, center
 from quantkit.kernels.panels import unit_columns
 
 _LANES = 16
 _AHEAD = 2048  # bytes, of codes
-
-_HEADER = "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n"
 
 
 def dense_ir(kind: Kind, result: str) -> str:
@@ -27,7 +25,7 @@ def dense_ir(kind: Kind, result: str) -> str:
         kind: the weight.
         result: LLVM's name of the type of ``dense``: float, or bfloat where the processor rounds to it.
     """
-    return _HEADER + "\n".join(_Writer(kind, result).text())
+    return PREFETCH + "\n".join(_Writer(kind, result).text())
 
 
 class _Writer(Lines):
@@ -78,7 +76,7 @@ class _Writer(Lines):
 
     def _unit(self, place: str) -> list[str]:
         """The codes of a unit's columns as float32."""
-        self.lines.append(f"  call void @llvm.prefetch.p0(ptr {self.after(place, _AHEAD)}, i32 0, i32 0, i32 1)")
+        self.prefetch(place, _AHEAD)
         pairs = self.let(f"load <16 x i32>, ptr {place}, align 64")  # of words: even columns below, odd ones above
         width = 4 if self.kind.bits <= 4 else 8
         numbers = []

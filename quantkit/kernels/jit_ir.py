@@ -13,7 +13,7 @@ Memory is read once, from start to end, with prefetches ahead.
 
 from __future__ import annotations
 
-from quantkit.kernels.jit_text import NAME, Kind, Lines, center
+from quantkit.kernels.jit_text import NAME, PREFETCH, Kind, Lines, center
 from quantkit.kernels.panels import unit_columns
 
 _AHEAD = 4096  # bytes; measured: 87 % of a plain read's speed at 4096 x 4096, without prefetches 68 %
@@ -23,7 +23,6 @@ _REGISTERS = 16  # accumulators, at most: half of the vector registers
 _HEADER = """\
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 
 
@@ -34,7 +33,7 @@ def matvec_ir(kind: Kind, tokens: int) -> str:
     float32 [tokens, groups] of x (unused where symmetric); tables 2 x 32 bfloat16; y bfloat16 [tokens, rows]. Panels
     ``first`` to ``last - 1`` are computed, at least one. The number of tokens, rows of x, is fixed.
     """
-    return _HEADER + "\n".join(_Writer(kind).product(tokens))
+    return PREFETCH + _HEADER + "\n".join(_Writer(kind).product(tokens))
 
 
 class _Writer(Lines):
@@ -110,8 +109,7 @@ class _Writer(Lines):
         turn = 0
         for unit in range(self.unroll):
             here = self.let(f"getelementptr i8, ptr {first}, i64 {unit * 64}")
-            ahead = self.let(f"getelementptr i8, ptr {here}, i64 {_AHEAD}")
-            self.lines.append(f"  call void @llvm.prefetch.p0(ptr {ahead}, i32 0, i32 0, i32 1)")
+            self.prefetch(here, _AHEAD)
             word = self.let(f"load <32 x i16>, ptr {here}, align 64")
             for nibble in range(4):
                 column = unit * 8 + nibble * 2 if self.kind.bits <= 4 else unit * 4 + nibble // 2 * 2

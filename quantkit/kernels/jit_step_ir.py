@@ -6,16 +6,14 @@ share the panels.
 
 from __future__ import annotations
 
-from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS
+from quantkit.kernels.jit_tile_ir import NUMBERS
 from quantkit.kernels.native_ir import HEADER, OperatorLines
 
 CALL = (
-    "part",  # address of the function below that calls the kernel
     "kernel",
     "words",
     "scales",
     "zeros",
-    "tables",
     "panels",
     "groups",
     "rows",
@@ -25,24 +23,17 @@ CALL = (
 """What the operator's tensor ``call`` holds, int64 each: addresses and sizes of one layer."""
 
 OPERATOR = "operator"
-PARTS = {"tiles": "by_tiles", "pairs": "by_pairs"}
-"""The functions for the kernels of :mod:`quantkit.kernels.jit_tile_ir` and :mod:`quantkit.kernels.jit_ir`."""
 
-_INPUTS = ("x", "sums", "call")  # tensors, in the operator's order
+_PART = "panels_part"
+_INPUTS = ("x", "call")  # tensors, in the operator's order
 
 
 def step_ir() -> str:
-    """A module with the function :data:`OPERATOR`, for torch, and those of :data:`PARTS`.
+    """A module with the function :data:`OPERATOR`, for torch.
 
-    The operator's arguments: x [1, in]; sums, float32 [groups] of x, or anything where the kernel needs none; call,
-    int64 of :data:`CALL`. It gives [1, rows], in x's dtype.
+    The operator's arguments: x [1, in]; call, int64 of :data:`CALL`. It gives [1, rows], in x's dtype.
     """
-    tiles = ("words", "scales", "zeros", "x", "own", "y")
-    pairs = ("words", "scales", "zeros", "x", "sums", "tables", "y")
-    assert len(tiles) == len(POINTERS)
-    assert len(NUMBERS) == 5
-    parts = [*_part(PARTS["tiles"], tiles, "i64 1, "), *_part(PARTS["pairs"], pairs, "")]
-    return HEADER + "\n".join([*parts, *_operator()])
+    return HEADER + "\n".join([*_part(), *_operator()])
 
 
 class _Writer(OperatorLines):
@@ -51,35 +42,31 @@ class _Writer(OperatorLines):
         return self.let(f"load {kind}, ptr {self.after('%call', 8 * CALL.index(name))}")
 
 
-def _part(name: str, pointers: tuple[str, ...], tiles: str) -> list[str]:
-    """A kernel's call for some panels; ``context`` has the addresses of call, x, sums and y."""
+def _part() -> list[str]:
+    """The kernel's call for some panels; ``context`` has the addresses of call, x and y."""
     writer = _Writer()
-    writer.lines += [f"define void @{name}(i64 %first, i64 %last, ptr %context) {{", "  %call = load ptr, ptr %context"]
-    values = {key: writer.let(f"load ptr, ptr {writer.after('%context', 8 * i)}") for i, key in _context()}
-    values |= {key: writer.field(key, "ptr") for key in ("words", "scales", "zeros", "tables")}
-    if "own" in pointers:
-        values["own"] = writer.let(f"alloca float, i64 {writer.field('scratch', 'i64')}, align 64")
-    kernel, groups, rows = writer.field("kernel", "ptr"), writer.field("groups", "i64"), writer.field("rows", "i64")
-    given = ", ".join(f"ptr {values[key]}" for key in pointers)
     writer.lines += [
-        f"  call void {kernel}({given}, {tiles}i64 %first, i64 %last, i64 {groups}, i64 {rows})",
-        "  ret void",
-        "}",
+        f"define void @{_PART}(i64 %first, i64 %last, ptr %context) {{",
+        "  %call = load ptr, ptr %context",
     ]
+    x, y = (writer.let(f"load ptr, ptr {writer.after('%context', 8 * i)}") for i in (1, 2))
+    weight = ", ".join(f"ptr {writer.field(key, 'ptr')}" for key in ("words", "scales", "zeros"))
+    own = writer.let(f"alloca float, i64 {writer.field('scratch', 'i64')}, align 64")
+    values = {"tiles": "1", "first": "%first", "last": "%last"}
+    values |= {key: writer.field(key, "i64") for key in ("groups", "rows")}
+    numbers = ", ".join(f"i64 {values[key]}" for key in NUMBERS)
+    kernel = writer.field("kernel", "ptr")
+    writer.lines += [f"  call void {kernel}({weight}, ptr {x}, ptr {own}, ptr {y}, {numbers})", "  ret void", "}"]
     return writer.lines
-
-
-def _context() -> list[tuple[int, str]]:
-    return [(1, "x"), (2, "sums"), (3, "y")]
 
 
 def _operator() -> list[str]:
     """Unwraps the inputs, makes the output, runs the parts, lets go of the inputs."""
     writer = _Writer()
     writer.begin(OPERATOR)
-    context, sizes, strides = (writer.let(f"alloca [{n} x i64]") for n in (4, 2, 2))
+    context, sizes, strides = (writer.let(f"alloca [{n} x i64]") for n in (3, 2, 2))
     made, dtype = writer.let("alloca ptr"), writer.let("alloca i32")
-    places = {"call": context, **{key: writer.after(context, 8 * i) for i, key in _context()}}
+    places = {"call": context, "x": writer.after(context, 8), "y": writer.after(context, 16)}
     handles = writer.tensors({key: places[key] for key in _INPUTS})
     writer.let(f"call i32 @aoti_torch_get_dtype(ptr {handles['x']}, ptr {dtype})")
     writer.lines.append(f"  %call = load ptr, ptr {context}")
@@ -87,7 +74,7 @@ def _operator() -> list[str]:
     writer.extents((sizes, strides), ("1", rows), (rows, "1"))
     output = writer.empty(writer.let(f"load i32, ptr {dtype}"), 2, (sizes, strides), made)
     writer.data(output, places["y"])
-    panels, grain, part = writer.field("panels", "i64"), writer.field("grain", "i64"), writer.field("part", "ptr")
-    writer.let(f"call i32 @torch_parallel_for(i64 0, i64 {panels}, i64 {grain}, ptr {part}, ptr {context})")
+    panels, grain = writer.field("panels", "i64"), writer.field("grain", "i64")
+    writer.let(f"call i32 @torch_parallel_for(i64 0, i64 {panels}, i64 {grain}, ptr @{_PART}, ptr {context})")
     writer.end(handles.values(), output)
     return writer.lines

@@ -25,6 +25,7 @@ class Target:
         without: LLVM's features that it does not use even where the CPU has them.
         tile: tokens for which a weight is decoded once; their sums stay in registers.
         chains: sums of one token that do not wait for each other.
+        int8: whether it multiplies bytes (:mod:`quantkit.kernels.jit_bytes_ir`), which is for one row of x.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
         amx: whether it multiplies matrices of bfloat16 (:mod:`quantkit.kernels.jit_amx_ir`).
         many_pairs: rows of bfloat16 x from which on torch's product with dense blocks of the weight is faster than
@@ -40,6 +41,7 @@ class Target:
     without: str
     tile: int
     chains: int
+    int8: bool
     bfloat16: bool
     amx: bool
     many_pairs: int | None
@@ -55,13 +57,15 @@ _X86, _ARM = "x86_64", "aarch64"
 # target lacks. Kernels / dense blocks of W4 g64, ms of CPU time: avx512_bf16 27/31 at 64 rows, 51/51 at 128 (W8 46/32,
 # 90/52); avx512 31/40 at 128, 77/72 at 256; amx, where groups are not whole tiles, 7/11 at 16, 14/13 at 32. On a Zen 3
 # the kernels of avx2 take 0.6 of the time of torch's dense float32 product at 128 rows: blocks would gain nothing.
-_AMX = ("avx512_bf16", "amx_tile", "amx_bf16")
+_AMX = ("amx_tile", "amx_bf16")
+_PAIRS = (*_AVX512, "avx512_vnni", "avx512_bf16")
 TARGETS = (
-    Target("amx", (*_AVX512, *_AMX), _X86, "", 12, 4, True, True, 24, 192, _ALL, "sapphirerapids"),
-    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), _X86, "", 12, 4, True, False, 96, 192, _ALL, "znver4"),
-    Target("avx512", _AVX512, _X86, "", 12, 4, False, False, None, 192, _ALL, "skylake-avx512"),
-    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, False, None, None, _ALL, "znver3"),
-    Target("neon", (), _ARM, "", 4, 2, False, False, None, None, (), "neoverse-n1"),
+    Target("amx", (*_PAIRS, *_AMX), _X86, "", 12, 4, True, True, True, 24, 192, _ALL, "sapphirerapids"),
+    Target("avx512_bf16", _PAIRS, _X86, "", 12, 4, True, True, False, 96, 192, _ALL, "znver4"),
+    Target("avx512_vnni", _PAIRS[:-1], _X86, "", 12, 4, True, False, False, None, 192, _ALL, "icelake-server"),
+    Target("avx512", _AVX512, _X86, "", 12, 4, False, False, False, None, 192, _ALL, "skylake-avx512"),
+    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, False, False, None, None, _ALL, "znver3"),
+    Target("neon", (), _ARM, "", 4, 2, False, False, False, None, None, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from quantkit.kernels.jit_activations_ir import activations_ir
 from quantkit.kernels.jit_codes_ir import Codes
-from quantkit.kernels.jit_text import NAME, SIZES, Kind, Lines
+from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines
 from quantkit.kernels.panels import unit_columns
 
 POINTERS = ("words", "scales", "zeros", "x", "scratch", "y")
@@ -29,7 +29,6 @@ declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <8 x float> @llvm.fma.v8f32(<8 x float>, <8 x float>, <8 x float>)
 declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
 declare float @llvm.vector.reduce.fadd.v4f32(float, <4 x float>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 
 
@@ -48,7 +47,11 @@ def tile_ir(kind: Kind, activation: str, tokens: int, chains: int) -> str:
     """
     codes = Codes(kind.bits, centered=activation == "float")
     writer = _Writer(kind, codes, activation, tokens, chains)
-    return _HEADER + "\n".join([*activations_ir(kind, codes, activation, tokens, writer.block), *writer.product()])
+    return (
+        PREFETCH
+        + _HEADER
+        + "\n".join([*activations_ir(kind, codes, activation, tokens, writer.block), *writer.product()])
+    )
 
 
 def scratch_numbers(tokens: int, in_features: int, groups: int, bits: int) -> int:
@@ -131,7 +134,7 @@ class _Writer(Lines):
         turn = 0
         for unit in range(self.unroll):
             here = self.after(words, 64 * unit)
-            self.lines.append(f"  call void @llvm.prefetch.p0(ptr {self.after(here, _AHEAD)}, i32 0, i32 0, i32 1)")
+            self.prefetch(here, _AHEAD)
             for column, number in self.codes.numbers(self, here):
                 for token, own in enumerate(sums):
                     value = self._everywhere(x, 4 * ((unit * columns + column) * self.tokens + token))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 
 import pytest
@@ -13,10 +12,8 @@ from torch import Tensor
 
 import quantkit
 from quantkit.kernels import JitBackend
-from quantkit.kernels.jit_compile import addresses
-from quantkit.kernels.jit_step import _operator_parts, layer_call, step
+from quantkit.kernels.jit_step import layer_call, step
 from quantkit.kernels.jit_step_ir import CALL
-from quantkit.kernels.jit_targets import chosen_target
 
 pytestmark = pytest.mark.skipif(fastest_cpu() != "cpu_jit", reason="cpu_jit does not run on this CPU")
 
@@ -64,7 +61,7 @@ def test_threads_do_not_change_them(scheme: str) -> None:
 def test_torch_takes_it_as_an_operator() -> None:
     own = layer("w4a16_g64")
     x, packed = normal(1, 192).to(BF16), own._packed()
-    torch.library.opcheck(torch.ops.quantkit.panels_step.default, (x, x, packed["call"], 160))
+    torch.library.opcheck(torch.ops.quantkit.panels_step.default, (x, packed["call"], 160))
 
 
 def test_addresses_stay_in_the_process() -> None:
@@ -81,46 +78,6 @@ def test_addresses_stay_in_the_process() -> None:
     assert not any("panels_step" in name for name in names)
 
 
-_RECORDER = """
-define void @kernel(ptr %words, ptr %scales, ptr %zeros, ptr %x, ptr %sums, ptr %tables, ptr %y,
-                    i64 %first, i64 %last, i64 %groups, i64 %rows) {
-  %places = getelementptr i64, ptr %words, i64 %first
-  store i64 %last, ptr %places
-  %sum = load float, ptr %sums
-  %half = load i16, ptr %x
-  store i16 %half, ptr %y
-  store float %sum, ptr %scales
-  store ptr %zeros, ptr %tables
-  %after = getelementptr i64, ptr %tables, i64 1
-  store i64 %groups, ptr %after
-  %last.at = getelementptr i64, ptr %tables, i64 2
-  store i64 %rows, ptr %last.at
-  ret void
-}
-"""
-
-
-def test_the_arguments_of_the_other_kernel() -> None:
-    """The kernel for pairs of bfloat16 does not run on every CPU: here a recorder with its signature stands for it."""
-    target = chosen_target()
-    assert target is not None
-    own = layer("w4a16_g64")
-    call = own._packed()["call"].clone()
-    recorder = addresses(_RECORDER, target, ["kernel"])[0]
-    part = _operator_parts()["pairs"]
-    words, scales, tables = torch.zeros(16, dtype=torch.int64), torch.zeros(4), torch.zeros(3, dtype=torch.int64)
-    given = {"part": part, "kernel": recorder, "zeros": 4711, "grain": 10}
-    given |= {"words": words.data_ptr(), "scales": scales.data_ptr(), "tables": tables.data_ptr()}
-    for name, value in given.items():
-        call[CALL.index(name)] = value
-    x, sums = normal(1, 192).to(BF16), torch.tensor([math.pi, 1.0, 2.0])
-    y = torch.ops.quantkit.panels_step(x, sums, call, 160)
-    assert words[0] == 10  # one thread: the panels 0 to 9
-    assert float(scales[0]) == pytest.approx(math.pi)
-    assert tables.tolist() == [4711, 3, 160]
-    assert y[0, 0] == x[0, 0]
-
-
 def test_what_it_is_not_made_for() -> None:
     """Activations of so many columns would not fit on a thread's stack: such a layer is multiplied as before."""
     own = layer("w4a16_g64", 192)
@@ -128,5 +85,5 @@ def test_what_it_is_not_made_for() -> None:
     wide = packed["words"].new_zeros(1, 2**17 // 8, 16, 2)
     assert layer_call(wide, torch.ones(1, 2**17 // 64, 16, dtype=BF16), None, 4, BF16) is None
     with torch.inference_mode():
-        found = step(normal(1, 192).to(BF16), packed["panel_scale"], None, packed["call"])
+        found = step(normal(1, 192).to(BF16), packed["panel_scale"].shape[0], packed["call"])
     assert found.shape == (1, 160)

@@ -1,0 +1,227 @@
+"""The just-in-time kernel for one row of x on CPUs that multiply bytes (VNNI), as LLVM's intermediate representation.
+
+Codes stay what they are, unsigned bytes: two masks and a shift make all of a unit's nibbles. The activations of a group
+become integers, x = 2^s i with the s at which the largest has 22 bits, and these three signed bytes,
+
+    i = d₀ + 2⁸ d₁ + 2¹⁶ d₂        with digits from -128 to 127,
+
+so that three sums Σ q d of 32-bit integers, which are exact, hold the product (VPDPBUSD: four columns of 16 rows at
+once). At a group's end they are put together in float32, zero points come in by algebra, Σ (q - z) i = Σ q i - z Σ i,
+and the scale is 2^s times the weight's. With the 8 digits of a bfloat16 activations lose nothing down to 2^-14 of the
+largest in their group, with a float16's 11 down to 2^-11; below, no more than 2^-22 of that largest one, which is what
+a float32 sum with it would lose.
+
+Memory is read once, from start to end, with prefetches ahead. A unit takes half as long as by
+:mod:`quantkit.kernels.jit_ir`: there every product of bfloat16 takes two cycles, and every number a table look-up.
+"""
+
+from __future__ import annotations
+
+from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines, center
+from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS
+from quantkit.kernels.panels import unit_columns
+
+ACTIVATIONS = ("bfloat", "half")
+"""LLVM's names of the types of x; a float32's 24 bits would not fit."""
+
+MOST_COLUMNS = 1 << 16
+"""Of a group: more products of two bytes could overflow 32 bits."""
+
+_AHEAD = 8192  # bytes
+_DIGITS = 3
+_BITS = 21  # of the largest activation's integer, its first not counted: the highest digit stays below 2^6
+_GROUP_BYTES = 8  # of what is kept of a group: its scale and its sum, float32 each
+_EXPONENT_ONES = 255  # of infinity and NaN
+# The columns of a unit in the order of its bytes, low nibbles first.
+_ORDERS = {8: (0, 4, 1, 5, 2, 6, 3, 7), 4: (0, 2, 1, 3)}
+
+_HEADER = """\
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare i32 @llvm.umax.i32(i32, i32)
+"""
+
+
+def bytes_ir(kind: Kind, activation: str) -> str:
+    """A module with the function of :func:`quantkit.kernels.jit_tile_ir.tile_ir`, for one row of x in one tile.
+
+    Args:
+        kind: the weight.
+        activation: LLVM's name of the type of x and y, one of :data:`ACTIVATIONS`.
+    """
+    writer = _Writer(kind, activation)
+    return (
+        PREFETCH + _HEADER + writer.declarations() + "\n".join([*writer.digits(), *_Writer(kind, activation).product()])
+    )
+
+
+def scratch_of_bytes(in_features: int, groups: int) -> int:
+    """float32 numbers that a call writes: of each group its scale and sum, then the digits of x."""
+    return -(-(_DIGITS * in_features + _GROUP_BYTES * groups) // 4)
+
+
+class _Writer(Lines):
+    def __init__(self, kind: Kind, activation: str) -> None:
+        super().__init__()
+        self.kind, self.activation = kind, activation
+        self.unit = unit_columns(kind.bits)
+        self.lanes = next(n for n in (16, 8, 4) if kind.group % n == 0)
+        self.chunks = kind.group // self.lanes
+
+    def declarations(self) -> str:
+        """Of functions that depend on the number of lanes."""
+        n = self.lanes
+        return (
+            f"declare <{n} x i32> @llvm.umax.v{n}i32(<{n} x i32>, <{n} x i32>)\n"
+            f"declare i32 @llvm.vector.reduce.umax.v{n}i32(<{n} x i32>)\n"
+            f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, <{n} x float>)\n"
+            f"declare <{n} x float> @llvm.rint.v{n}f32(<{n} x float>)\n"
+        )
+
+    def digits(self) -> list[str]:
+        """The function ``digits(x, scratch, groups)``: two passes over each group, for its largest and its bytes."""
+        n, columns = self.lanes, self.kind.group
+        self.lines += ["define internal void @digits(ptr noalias %x, ptr noalias %scratch, i64 %groups) {", "entry:"]
+        own = self.address("%scratch", "%groups", _GROUP_BYTES)
+        self.loop("group", "%g", "entry", "end")
+        x = self.address("%x", "%g", columns * SIZES[self.activation])
+        to = self.address(own, "%g", columns * _DIGITS)
+        self.loop("largest", "%a", "group", "largest")
+        self.lines.append(f"  %most = phi <{n} x i32> [ zeroinitializer, %group ], [ %most.next, %largest ]")
+        bits = self.let(f"bitcast <{n} x float> {self._activations(x, '%a')} to <{n} x i32>")
+        size = self.let(f"and <{n} x i32> {bits}, splat (i32 2147483647)")
+        self.lines.append(f"  %most.next = call <{n} x i32> @llvm.umax.v{n}i32(<{n} x i32> %most, <{n} x i32> {size})")
+        self.again("largest", "%a", str(self.chunks), "scale")
+        factor, scale = self._powers()
+        self.loop("chunk", "%c", "scale", "chunk")
+        self.sums(["%sum"], "scale", "chunk", n)
+        number = self.let(f"fmul <{n} x float> {self._activations(x, '%c')}, {self.splat(factor, 'float', n)}")
+        whole = self.let(f"call <{n} x float> @llvm.rint.v{n}f32(<{n} x float> {number})")
+        self.lines.append(f"  %sum.next = fadd <{n} x float> %sum, {whole}")
+        self._stored_digits(self.let(f"fptosi <{n} x float> {whole} to <{n} x i32>"), self.address(to, "%c", 3 * n))
+        self.again("chunk", "%c", str(self.chunks), "end")
+        total = self.let(f"call reassoc float @llvm.vector.reduce.fadd.v{n}f32(float -0.0, <{n} x float> %sum.next)")
+        taken = -float(center(self.kind.bits)) if self.kind.symmetric else -1.0
+        kept = self.address("%scratch", "%g", _GROUP_BYTES)
+        self.lines.append(f"  store float {scale}, ptr {kept}, align 4")
+        self.lines.append(
+            f"  store float {self.let(f'fmul float {total}, {taken}')}, ptr {self.after(kept, 4)}, align 4"
+        )
+        self.again("group", "%g", "%groups", "done")
+        self.lines += ["  ret void", "}"]
+        return self.lines
+
+    def _activations(self, x: str, index: str) -> str:
+        """float32: a chunk of x."""
+        size = SIZES[self.activation]
+        return self.widened(self.address(x, index, self.lanes * size), self.activation, self.lanes, size)
+
+    def _powers(self) -> tuple[str, str]:
+        """What the group's activations are multiplied by to become integers, and what undoes it: NaN, should one of
+        them be infinite or NaN. Where all are below 2^-104 the powers stay in the range of float32."""
+        most = self.let(f"call i32 @llvm.vector.reduce.umax.v{self.lanes}i32(<{self.lanes} x i32> %most.next)")
+        exponent = self.let(f"lshr i32 {most}, 23")
+        ample = self.let(f"call i32 @llvm.umax.i32(i32 {exponent}, i32 {_BITS + 1})")
+        up = self.let(f"shl i32 {self.let(f'sub i32 {2 * 127 + _BITS}, {ample}')}, 23")
+        down = self.let(f"shl i32 {self.let(f'sub i32 {ample}, {_BITS}')}, 23")
+        finite = self.let(f"icmp ne i32 {exponent}, {_EXPONENT_ONES}")
+        undone = self.let(f"bitcast i32 {down} to float")
+        scale = self.let(f"select i1 {finite}, float {undone}, float 0x7FF8000000000000")
+        return self.let(f"bitcast i32 {up} to float"), scale
+
+    def _stored_digits(self, number: str, to: str) -> None:
+        """Three bytes of each integer, all first ones first, in the order in which units have their columns."""
+        n = self.lanes
+        order = [start + column for start in range(0, n, self.unit) for column in _ORDERS[self.unit]]
+        indices = ", ".join(f"i32 {column}" for column in order)
+        for digit in range(_DIGITS):
+            carried = sum(128 << 8 * lower for lower in range(digit))  # what is above 127 goes to the next digit
+            up = self.let(f"add <{n} x i32> {number}, splat (i32 {carried})")
+            byte = self.let(
+                f"trunc <{n} x i32> {self.let(f'ashr <{n} x i32> {up}, splat (i32 {8 * digit})')} to <{n} x i8>"
+            )
+            moved = self.let(f"shufflevector <{n} x i8> {byte}, <{n} x i8> poison, <{n} x i32> < {indices} >")
+            self.lines.append(f"  store <{n} x i8> {moved}, ptr {self.after(to, digit * n)}, align 1")
+
+    def product(self) -> list[str]:
+        """All lines of the product: loops over panels, groups and chunks of columns."""
+        arguments = [*(f"ptr noalias %{name}" for name in POINTERS), *(f"i64 %{name}" for name in NUMBERS)]
+        self.lines += [f"define void @{NAME}({', '.join(arguments)}) {{", "entry:"]
+        self.lines.append("  call void @digits(ptr %x, ptr %scratch, i64 %groups)")
+        own = self.address("%scratch", "%groups", _GROUP_BYTES)
+        self.loop("panel", "%p", "entry", "store", start="%first")
+        self.loop("group", "%g", "panel", "scale")
+        self.sums(["%total"], "panel", "scale")
+        at = self.let(f"add i64 {self.let('mul i64 %p, %groups')}, %g")
+        words = self.address("%words", at, self.kind.group // self.unit * 64)
+        digits = self.address(own, "%g", self.kind.group * _DIGITS)
+        self.loop("chunk", "%c", "group", "chunk")
+        sums = [[f"%sum.{digit}.{turn}" for turn in range(2)] for digit in range(_DIGITS)]
+        self.lines += [
+            f"  {name} = phi <16 x i32> [ zeroinitializer, %group ], [ {name}.next, %chunk ]"
+            for pair in sums
+            for name in pair
+        ]
+        self._chunk(
+            self.address(words, "%c", self.lanes // self.unit * 64), self.address(digits, "%c", 3 * self.lanes), sums
+        )
+        self.again("chunk", "%c", str(self.chunks), "scale")
+        self._scaled(sums, at)
+        self.again("group", "%g", "%groups", "store")
+        y = self.address("%y", self.let("mul i64 %p, 16"), SIZES[self.activation])
+        self.stored("%total.next", self.activation, y)
+        self.again("panel", "%p", "%last", "done")
+        self.lines += ["  ret void", "}"]
+        return self.lines
+
+    def _chunk(self, words: str, digits: str, sums: list[list[str]]) -> None:
+        """The products of a chunk's units; codes take turns at two sums a digit, which do not wait for each other."""
+        now = [list(pair) for pair in sums]
+        turn = 0
+        for unit in range(self.lanes // self.unit):
+            here = self.after(words, 64 * unit)
+            self.prefetch(here, _AHEAD)
+            for codes in self._codes(here):
+                for digit, pair in enumerate(now):
+                    place = self.after(digits, digit * self.lanes + 4 * turn)
+                    four = self.splat(self.let(f"load i32, ptr {place}, align 1"), "i32", 16)
+                    pair[turn % 2] = self.let(
+                        "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512("
+                        f"<16 x i32> {pair[turn % 2]}, <16 x i32> {codes}, <16 x i32> {four})"
+                    )
+                turn += 1
+        for pair, finals in zip(sums, now, strict=True):
+            for name, final in zip(pair, finals, strict=True):
+                self.lines.append(f"  {name}.next = bitcast <16 x i32> {final} to <16 x i32>")
+
+    def _codes(self, place: str) -> list[str]:
+        """A unit's codes, four bytes of each row: the low nibbles and the high ones, or the bytes as they are."""
+        word = self.let(f"load <16 x i32>, ptr {place}, align 64")
+        if self.kind.bits > 4:
+            return [word]
+        high = self.let(f"lshr <16 x i32> {word}, splat (i32 4)")
+        return [self.let(f"and <16 x i32> {nibbles}, splat (i32 {0x0F0F0F0F})") for nibbles in (word, high)]
+
+    def _scaled(self, sums: list[list[str]], at: str) -> None:
+        """The end of a group: its product, times its scales, is added to the totals."""
+        found = None
+        for digit in reversed(range(_DIGITS)):
+            whole = self.let(f"add <16 x i32> {sums[digit][0]}.next, {sums[digit][1]}.next")
+            number = self.let(f"sitofp <16 x i32> {whole} to <16 x float>")
+            found = number if found is None else self.fma(found, "splat (float 256.0)", number)
+        assert found is not None
+        kept = self.address("%scratch", "%g", _GROUP_BYTES)
+        taken = self._everywhere(kept, 4)
+        if self.kind.symmetric:
+            found = self.let(f"fadd <16 x float> {found}, {taken}")
+        else:
+            stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
+            found = self.fma(self.let(f"uitofp <16 x i8> {stored} to <16 x float>"), taken, found)
+        size = 16 * SIZES[self.kind.scale]
+        scale = self.widened(self.address("%scales", at, size), self.kind.scale, 16, size)
+        scale = self.let(f"fmul <16 x float> {scale}, {self._everywhere(kept, 0)}")
+        self.fma(found, scale, "%total", name="%total.next")
+
+    def _everywhere(self, base: str, offset: int) -> str:
+        """A float32 from memory in all lanes."""
+        return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)
