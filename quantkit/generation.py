@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -69,7 +72,8 @@ class Decoder:
         model: as :func:`quantkit.load` returns it. Its attention is set to quantkit's where that runs
             (:mod:`quantkit.attention`).
         length: tokens that the cache has room for, those of the prompt counted.
-        compiled: whether the step is compiled, as one graph without a break; its first call takes up to minutes.
+        compiled: whether the step is compiled, as one graph without a break; its first call takes up to minutes. From
+            then on it is the step of the model as it was then: what becomes of its modules is not looked at again.
         backend: torch.compile's, for tests.
 
     Raises:
@@ -80,13 +84,11 @@ class Decoder:
         self, model: PreTrainedModel, length: int, *, compiled: bool = False, backend: str = "inductor"
     ) -> None:
         check_length(model, length)
-        self._model, self._compiled = model, compiled
+        self._device, self._compiled = model.device, compiled
         self._cache = _static_cache(model, -(-length // ROOM) * ROOM)
         self._reads_filled = attend_by_steps(model)
-        step: Callable[..., Any] = model.forward
-        if compiled:
-            step = _compiled(step, backend, model.device)
-        self._step = step
+        self._forward = _forward(model, self._cache)
+        self._step = _compiled(self._forward, backend, model.device) if compiled else self._forward
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the cache's keys and values that a step reads.
@@ -111,7 +113,7 @@ class Decoder:
             logits [vocabulary] of the token that follows.
         """
         self._cache.reset()
-        return self._logits(self._model.forward, tokens)
+        return self._logits(self._forward, tokens)
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
@@ -124,16 +126,15 @@ class Decoder:
         if not self._compiled:
             return self._logits(self._step, tokens)
         try:
-            return self._logits(self._step, tokens)
+            with _uncollected():
+                return self._logits(self._step, tokens)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = first_line(error)
             fix = "leave --compile out, or install what torch.compile needs here (a C++ compiler on a CPU)"
             raise KernelError(message("--compile", f"torch cannot compile the step ({reason})", fix)) from error
 
-    def _logits(self, forward: Callable[..., Any], tokens: Tensor) -> Tensor:
-        ids = tokens[None].to(self._model.device)
-        output = forward(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return cast(Tensor, output.logits)[0, -1]
+    def _logits(self, forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        return forward(tokens[None].to(self._device))[0, -1]
 
 
 def generate(
@@ -201,15 +202,49 @@ def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([found] if isinstance(found, int) else found or ())
 
 
-def _compiled(step: Callable[..., Any], backend: str, device: torch.device) -> Callable[..., Any]:
+def _forward(model: PreTrainedModel, cache: Any) -> Callable[[Tensor], Tensor]:
+    """From ids [1, tokens] that continue the cache's text to logits [1, 1, vocabulary].
+
+    Its code object is its own: torch.compile keeps what it made by code objects, see :func:`_about_tokens`.
+    """
+
+    def forward(ids: Tensor) -> Tensor:
+        return cast(Tensor, model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+
+    return FunctionType(forward.__code__.replace(), globals(), forward.__name__, None, forward.__closure__)
+
+
+def _compiled(step: Callable[[Tensor], Tensor], backend: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """As one graph; on a CPU Inductor's code around its kernels is C++, which calls operators without Python.
 
+    That code is compiled apart from the kernels, with little optimization, which it does not need: in half of the time.
     It rounds where the eager step rounds: what it fuses would else stay in float32, and other tokens be chosen.
     """
-    options: dict[str, str | int | bool | Callable[..., Any]] | None = None
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _about_tokens}
     if backend == "inductor" and device.type == "cpu":
-        options = {"cpp_wrapper": True, "emulate_precision_casts": True}
+        options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "emulate_precision_casts": True}
     return torch.compile(step, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles, where torch.compile spends a quarter of its time: it makes so many objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _about_tokens(guards: Sequence[Any]) -> list[bool]:
+    """Which of torch.compile's conditions are looked at in every step: those on the tokens and on torch's own state.
+
+    The others, some thousands on the model's modules and on the cache, took a quarter of a step's time. They hold for
+    every call of a step, since the function has one model and one cache.
+    """
+    return [guard.name in ("", "ids", "L['ids']") for guard in guards]
 
 
 def _static_cache(model: PreTrainedModel, length: int) -> Any:

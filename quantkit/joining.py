@@ -117,9 +117,9 @@ class _Shared:
 
     def __init__(self, product: QuantLinear, sizes: list[int]) -> None:
         self.product, self.sizes = product, sizes
-        self._x: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
-        self._waiting = 0
+        # The input, what each layer takes of its product, and how many have not yet. In one attribute: what traced code
+        # sets, torch.compile sets in Python after each call.
+        self._kept: tuple[Tensor, tuple[Tensor, ...], int] | None = None
 
     def rows(self, index: int) -> slice:
         """Of a layer in the product."""
@@ -128,14 +128,12 @@ class _Shared:
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """``x`` times the rows of one layer."""
-        if self._x is x:
-            parts = self._parts
-            self._waiting -= 1
+        kept = self._kept
+        if kept is not None and kept[0] is x:
+            _, parts, waiting = kept
         else:
-            parts = self.product(x).split(self.sizes, -1)
-            self._x, self._parts, self._waiting = x, parts, len(self.sizes) - 1
-        if self._waiting == 0:
-            self._x, self._parts = None, ()
+            parts, waiting = self.product(x).split(self.sizes, -1), len(self.sizes)
+        self._kept = (x, parts, waiting - 1) if waiting > 1 else None
         return parts[index]
 
 

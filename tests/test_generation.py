@@ -15,6 +15,7 @@ from torch import Tensor
 
 import quantkit
 import quantkit.attention
+import quantkit.generation
 import quantkit.linear
 from quantkit.cli import main
 from quantkit.generation import Decoder, Sampling, generate, prompt_tokens, stop_tokens
@@ -107,6 +108,44 @@ def test_the_step_in_machine_code(tiny: Callable[[str], Path], tmp_path: Path) -
     error = (found[0] - found[1]).norm() / found[0].norm()
     assert error < 0.02
     assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
+
+
+def test_compiled_decoders_take_turns(tiny: Callable[[str], Path]) -> None:
+    """Of two models, and of one with two lengths: a step looks at its tokens only, and still is its own decoder's."""
+    torch._dynamo.reset()
+    one, other = (quantkit.load(tiny(family), dtype="float32") for family in ("llama", "qwen2"))
+    cases = [(one, 14), (other, 14), (one, 100)]
+    eager = [Decoder(model, length) for model, length in cases]
+    compiled = [Decoder(model, length, compiled=True, backend="aot_eager") for model, length in cases]
+    prompts = [PROMPT, PROMPT + 3, PROMPT.flip(0)]
+    for decoders in (eager, compiled):
+        for decoder, prompt in zip(decoders, prompts, strict=True):
+            decoder.prefill(prompt)
+    for token in (5, 80, 7):
+        for expected, found in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(found.step(token), expected.step(token))
+    torch._dynamo.reset()
+
+
+def test_a_step_checks_its_tokens_only(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the thousands of things about the model's modules that torch.compile would look at in every step."""
+    kept: list[str] = []
+    choose = quantkit.generation._about_tokens
+
+    def chosen(guards: Any) -> list[bool]:
+        keep = choose(guards)
+        kept.extend(guard.name for guard, own in zip(guards, keep, strict=True) if own)
+        assert len(guards) > 100
+        return keep
+
+    monkeypatch.setattr(quantkit.generation, "_about_tokens", chosen)
+    torch._dynamo.reset()
+    decoder = Decoder(quantkit.load(tiny("llama"), dtype="float32"), 14, compiled=True, backend="aot_eager")
+    decoder.prefill(PROMPT)
+    decoder.step(3)
+    torch._dynamo.reset()
+    assert {name for name in kept if name} <= {"ids", "L['ids']"}
+    assert any(kept)
 
 
 def test_a_stop_token_is_the_last(tiny: Callable[[str], Path]) -> None:

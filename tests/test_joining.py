@@ -86,7 +86,7 @@ def test_one_product_for_three(tokens: int, bias: bool) -> None:
         assert torch.equal(joined.get_submodule(name)(given), apart.get_submodule(name)(given))
     # Nothing is kept once each has taken its rows.
     joined(x)
-    assert cast(Any, joined.q_proj).shared._x is None
+    assert cast(Any, joined.q_proj).shared._kept is None
 
 
 def test_a_copy_and_a_move_stay_joined() -> None:
