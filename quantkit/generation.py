@@ -228,7 +228,7 @@ def _compiled(step: Callable[[Tensor], Tensor], backend: str, device: torch.devi
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles, where torch.compile spends a quarter of its time: it makes so many objects."""
+    """Without Python's search for cycles, which takes a quarter of the time that torch.compile needs."""
     enabled = gc.isenabled()
     gc.disable()
     try:
