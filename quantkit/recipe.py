@@ -82,6 +82,8 @@ class _Strict(BaseModel):
 class Rule(_Strict):
     """What to do with the linear layers that ``match`` names; the first rule that matches a layer decides.
 
+    A rule that matches no linear layer means the embeddings that it matches.
+
     Attributes:
         match: a module name, a glob (``*.down_proj``) or a regular expression over the whole name (``re:.*k_proj``).
         skip: leave these layers as they are.
@@ -130,8 +132,8 @@ class Recipe(_Strict):
         transforms: changes of the dense model before the method that leave its function as it is, in this order:
             rotation, smoothquant, awq.
         tuning: what is learned after the solvers, block by block; None: nothing.
-        rules: exceptions by module name; the first match wins. Layers outside of the decoder blocks (lm_head) are
-            quantized only when a rule asks.
+        rules: exceptions by module name; the first match wins. Layers outside of the decoder blocks (lm_head)
+            and embeddings are quantized only when a rule asks.
         calibration: the tokens that the method measures with; not read by rtn.
         format: the on-disk format.
         true_sequential: measure the layers that read one input (q/k/v, then o, then gate/up, then down) when those
