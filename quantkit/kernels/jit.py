@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
 from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, bytes_ir, scratch_of_bytes
+from quantkit.kernels.jit_bytes_ir import MOST_TOKENS as MOST_IN_BYTES
 from quantkit.kernels.jit_compile import addresses, function
 from quantkit.kernels.jit_ir import matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
@@ -56,9 +57,10 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     return target_here().bfloat16 and dtype == torch.bfloat16
 
 
-def multiplies_bytes(dtype: torch.dtype, group: int) -> bool:
-    """Whether one row of this dtype is multiplied in bytes, with groups of so many columns."""
-    return target_here().int8 and dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
+def multiplies_bytes(rows: int, dtype: torch.dtype, group: int) -> bool:
+    """Whether so many rows of this dtype are multiplied in bytes, with groups of so many columns."""
+    fits = dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
+    return target_here().int8 and rows <= MOST_IN_BYTES and fits
 
 
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
@@ -123,8 +125,8 @@ def kernel_of_one_row(
         numbers of its scratch.
     """
     kind = Kind(bits, in_features // groups, symmetric, TYPES[scale])
-    if multiplies_bytes(dtype, kind.group):
-        return _address_of_bytes(target_here(), kind, TYPES[dtype]), scratch_of_bytes(in_features, groups)
+    if multiplies_bytes(1, dtype, kind.group):
+        return _address_of_bytes(target_here(), kind, TYPES[dtype]), scratch_of_bytes(1, in_features, groups)
     return _address_of_tile(target_here(), kind, TYPES[dtype]), scratch_numbers(1, in_features, groups, bits)
 
 
@@ -133,17 +135,17 @@ _Fill = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, Tensor], None]
 
 def _fill_of(x: Tensor, groups: int) -> _Fill:
     """How the product with x is written."""
-    if x.shape[0] == 1 and multiplies_bytes(x.dtype, x.shape[1] // groups):
+    if multiplies_bytes(x.shape[0], x.dtype, x.shape[1] // groups):
         return _fill_by_bytes
     return _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
 
 
 def _fill_by_bytes(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
-    """The product with one row by the kernel that multiplies bytes."""
-    groups, in_features = scale.shape[1], x.shape[1]
+    """The product by the kernel that multiplies bytes."""
+    groups, (tokens, in_features) = scale.shape[1], x.shape
     kind = Kind(bits, in_features // groups, zeros is None, TYPES[scale.dtype])
-    kernel = _bytes_kernel(target_here(), kind, TYPES[x.dtype])
-    _run_tiles(kernel, scratch_of_bytes(in_features, groups), 1, x, words, scale, zeros, y)
+    kernel = _bytes_kernel(target_here(), kind, TYPES[x.dtype], tokens)
+    _run_tiles(kernel, scratch_of_bytes(tokens, in_features, groups), 1, x, words, scale, zeros, y)
 
 
 def _fill_by_tiles(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, y: Tensor) -> None:
@@ -215,13 +217,13 @@ def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callabl
 
 
 @cache
-def _bytes_kernel(target: Target, kind: Kind, dtype: str) -> Callable[..., None]:
-    return function(bytes_ir(kind, dtype), target, len(POINTERS), len(NUMBERS))
+def _bytes_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callable[..., None]:
+    return function(bytes_ir(kind, dtype, tokens), target, len(POINTERS), len(NUMBERS))
 
 
 @cache
 def _address_of_bytes(target: Target, kind: Kind, dtype: str) -> int:
-    return addresses(bytes_ir(kind, dtype), target, [NAME])[0]
+    return addresses(bytes_ir(kind, dtype, 1), target, [NAME])[0]
 
 
 @cache

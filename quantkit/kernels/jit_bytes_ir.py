@@ -1,4 +1,4 @@
-"""The just-in-time kernel for one row of x on CPUs that multiply bytes (VNNI), as LLVM's intermediate representation.
+"""The just-in-time kernel for few rows of x on CPUs that multiply bytes (VNNI), as LLVM's intermediate representation.
 
 Codes stay what they are, unsigned bytes: two masks and a shift make all of a unit's nibbles. The activations of a group
 become integers, x = 2^s i with the s at which the largest has 22 bits, and these three signed bytes,
@@ -24,6 +24,9 @@ from quantkit.kernels.panels import unit_columns
 ACTIVATIONS = ("bfloat", "half")
 """LLVM's names of the types of x; a float32's 24 bits would not fit."""
 
+MOST_TOKENS = 4
+"""Rows of x: then a unit has 24 products and 3 other instructions, and matrix instructions are as fast."""
+
 MOST_COLUMNS = 1 << 16
 """Of a group: more products of two bytes could overflow 32 bits."""
 
@@ -42,28 +45,30 @@ declare i32 @llvm.umax.i32(i32, i32)
 """
 
 
-def bytes_ir(kind: Kind, activation: str) -> str:
-    """A module with the function of :func:`quantkit.kernels.jit_tile_ir.tile_ir`, for one row of x in one tile.
+def bytes_ir(kind: Kind, activation: str, tokens: int) -> str:
+    """A module with the function of :func:`quantkit.kernels.jit_tile_ir.tile_ir`, for one tile.
 
     Args:
         kind: the weight.
         activation: LLVM's name of the type of x and y, one of :data:`ACTIVATIONS`.
+        tokens: rows of x, at most :data:`MOST_TOKENS`.
     """
-    writer = _Writer(kind, activation)
-    return (
-        PREFETCH + _HEADER + writer.declarations() + "\n".join([*writer.digits(), *_Writer(kind, activation).product()])
-    )
+    digits, product = _Writer(kind, activation, tokens), _Writer(kind, activation, tokens)
+    return PREFETCH + _HEADER + digits.declarations() + "\n".join([*digits.digits(), *product.product()])
 
 
-def scratch_of_bytes(in_features: int, groups: int) -> int:
-    """float32 numbers that a call writes: of each group its scale and sum, then the digits of x."""
-    return -(-(_DIGITS * in_features + _GROUP_BYTES * groups) // 4)
+def scratch_of_bytes(tokens: int, in_features: int, groups: int) -> int:
+    """float32 numbers that a call writes: for each row of x each group's scale and sum, then its digits."""
+    return -(-tokens * (_DIGITS * in_features + _GROUP_BYTES * groups) // 4)
 
 
 class _Writer(Lines):
-    def __init__(self, kind: Kind, activation: str) -> None:
+    def __init__(self, kind: Kind, activation: str, tokens: int) -> None:
         super().__init__()
-        self.kind, self.activation = kind, activation
+        self.kind, self.activation, self.tokens = kind, activation, tokens
+        self.turns = (
+            2 if tokens == 1 else 1
+        )  # sums of a digit that do not wait for each other; several rows have several
         self.unit = unit_columns(kind.bits)
         self.lanes = next(n for n in (16, 8, 4) if kind.group % n == 0)
         self.chunks = kind.group // self.lanes
@@ -147,52 +152,66 @@ class _Writer(Lines):
         """All lines of the product: loops over panels, groups and chunks of columns."""
         arguments = [*(f"ptr noalias %{name}" for name in POINTERS), *(f"i64 %{name}" for name in NUMBERS)]
         self.lines += [f"define void @{NAME}({', '.join(arguments)}) {{", "entry:"]
-        self.lines.append("  call void @digits(ptr %x, ptr %scratch, i64 %groups)")
-        own = self.address("%scratch", "%groups", _GROUP_BYTES)
+        columns = self.let(f"mul i64 %groups, {self.kind.group}")
+        kept = self._of_tokens("%scratch", self.let(f"mul i64 %groups, {_GROUP_BYTES + _DIGITS * self.kind.group}"))
+        rows = self._of_tokens("%x", self.let(f"mul i64 {columns}, {SIZES[self.activation]}"))
+        for x, own in zip(rows, kept, strict=True):
+            self.lines.append(f"  call void @digits(ptr {x}, ptr {own}, i64 %groups)")
         self.loop("panel", "%p", "entry", "store", start="%first")
         self.loop("group", "%g", "panel", "scale")
-        self.sums(["%total"], "panel", "scale")
+        totals = [f"%total.{token}" for token in range(self.tokens)]
+        self.sums(totals, "panel", "scale")
         at = self.let(f"add i64 {self.let('mul i64 %p, %groups')}, %g")
         words = self.address("%words", at, self.kind.group // self.unit * 64)
-        digits = self.address(own, "%g", self.kind.group * _DIGITS)
-        self.loop("chunk", "%c", "group", "chunk")
-        sums = [[f"%sum.{digit}.{turn}" for turn in range(2)] for digit in range(_DIGITS)]
-        self.lines += [
-            f"  {name} = phi <16 x i32> [ zeroinitializer, %group ], [ {name}.next, %chunk ]"
-            for pair in sums
-            for name in pair
+        digits = [
+            self.address(self.address(own, "%groups", _GROUP_BYTES), "%g", self.kind.group * _DIGITS) for own in kept
         ]
-        self._chunk(
-            self.address(words, "%c", self.lanes // self.unit * 64), self.address(digits, "%c", 3 * self.lanes), sums
-        )
+        self.loop("chunk", "%c", "group", "chunk")
+        sums = [
+            [[f"%sum.{token}.{digit}.{turn}" for turn in range(self.turns)] for digit in range(_DIGITS)]
+            for token in range(self.tokens)
+        ]
+        self.lines += [
+            f"  {name} = phi <16 x i32> [ zeroinitializer, %group ], [ {name}.next, %chunk ]" for name in _flat(sums)
+        ]
+        here = self.address(words, "%c", self.lanes // self.unit * 64)
+        self._chunk(here, [self.address(each, "%c", _DIGITS * self.lanes) for each in digits], sums)
         self.again("chunk", "%c", str(self.chunks), "scale")
-        self._scaled(sums, at)
+        scale, zeros = self._group(at)
+        for own, of_token, total in zip(kept, sums, totals, strict=True):
+            self._scaled(self.address(own, "%g", _GROUP_BYTES), of_token, scale, zeros, total)
         self.again("group", "%g", "%groups", "store")
-        y = self.address("%y", self.let("mul i64 %p, 16"), SIZES[self.activation])
-        self.stored("%total.next", self.activation, y)
+        size = SIZES[self.activation]
+        first = self.address("%y", self.let("mul i64 %p, 16"), size)
+        for total, y in zip(totals, self._of_tokens(first, self.let(f"mul i64 %rows, {size}")), strict=True):
+            self.stored(f"{total}.next", self.activation, y)
         self.again("panel", "%p", "%last", "done")
         self.lines += ["  ret void", "}"]
         return self.lines
 
-    def _chunk(self, words: str, digits: str, sums: list[list[str]]) -> None:
-        """The products of a chunk's units; codes take turns at two sums a digit, which do not wait for each other."""
-        now = [list(pair) for pair in sums]
-        turn = 0
+    def _of_tokens(self, base: str, nbytes: str) -> list[str]:
+        """Where each row's part begins, so many bytes behind the one before."""
+        return [base, *(self.address(base, nbytes, token) for token in range(1, self.tokens))]
+
+    def _chunk(self, words: str, digits: list[str], sums: list[list[list[str]]]) -> None:
+        """The products of a chunk's units; where a digit has several sums, codes take turns at them."""
+        now = [[list(turns) for turns in of_token] for of_token in sums]
+        place = 0
         for unit in range(self.lanes // self.unit):
             here = self.after(words, 64 * unit)
             self.prefetch(here, _AHEAD)
             for codes in self._codes(here):
-                for digit, pair in enumerate(now):
-                    place = self.after(digits, digit * self.lanes + 4 * turn)
-                    four = self.splat(self.let(f"load i32, ptr {place}, align 1"), "i32", 16)
-                    pair[turn % 2] = self.let(
-                        "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512("
-                        f"<16 x i32> {pair[turn % 2]}, <16 x i32> {codes}, <16 x i32> {four})"
-                    )
-                turn += 1
-        for pair, finals in zip(sums, now, strict=True):
-            for name, final in zip(pair, finals, strict=True):
-                self.lines.append(f"  {name}.next = bitcast <16 x i32> {final} to <16 x i32>")
+                for of_token, own in zip(now, digits, strict=True):
+                    for digit, turns in enumerate(of_token):
+                        x = self.after(own, digit * self.lanes + 4 * place)
+                        four = self.splat(self.let(f"load i32, ptr {x}, align 1"), "i32", 16)
+                        turns[place % self.turns] = self.let(
+                            "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512("
+                            f"<16 x i32> {turns[place % self.turns]}, <16 x i32> {codes}, <16 x i32> {four})"
+                        )
+                place += 1
+        for name, final in zip(_flat(sums), _flat(now), strict=True):
+            self.lines.append(f"  {name}.next = bitcast <16 x i32> {final} to <16 x i32>")
 
     def _codes(self, place: str) -> list[str]:
         """A unit's codes, four bytes of each row: the low nibbles and the high ones, or the bytes as they are."""
@@ -202,26 +221,35 @@ class _Writer(Lines):
         high = self.let(f"lshr <16 x i32> {word}, splat (i32 4)")
         return [self.let(f"and <16 x i32> {nibbles}, splat (i32 {0x0F0F0F0F})") for nibbles in (word, high)]
 
-    def _scaled(self, sums: list[list[str]], at: str) -> None:
-        """The end of a group: its product, times its scales, is added to the totals."""
+    def _group(self, at: str) -> tuple[str, str | None]:
+        """float32 of a group: the weight's scales, and its zero points, if it has some."""
+        size = 16 * SIZES[self.kind.scale]
+        scale = self.widened(self.address("%scales", at, size), self.kind.scale, 16, size)
+        if self.kind.symmetric:
+            return scale, None
+        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
+        return scale, self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
+
+    def _scaled(self, kept: str, sums: list[list[str]], scale: str, zeros: str | None, total: str) -> None:
+        """The end of a group: a row's product, times its scales, is added to the total."""
         found = None
-        for digit in reversed(range(_DIGITS)):
-            whole = self.let(f"add <16 x i32> {sums[digit][0]}.next, {sums[digit][1]}.next")
+        for turns in reversed(sums):
+            whole = f"{turns[0]}.next"
+            for other in turns[1:]:
+                whole = self.let(f"add <16 x i32> {whole}, {other}.next")
             number = self.let(f"sitofp <16 x i32> {whole} to <16 x float>")
             found = number if found is None else self.fma(found, "splat (float 256.0)", number)
         assert found is not None
-        kept = self.address("%scratch", "%g", _GROUP_BYTES)
         taken = self._everywhere(kept, 4)
-        if self.kind.symmetric:
-            found = self.let(f"fadd <16 x float> {found}, {taken}")
-        else:
-            stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-            found = self.fma(self.let(f"uitofp <16 x i8> {stored} to <16 x float>"), taken, found)
-        size = 16 * SIZES[self.kind.scale]
-        scale = self.widened(self.address("%scales", at, size), self.kind.scale, 16, size)
+        found = self.let(f"fadd <16 x float> {found}, {taken}") if zeros is None else self.fma(zeros, taken, found)
         scale = self.let(f"fmul <16 x float> {scale}, {self._everywhere(kept, 0)}")
-        self.fma(found, scale, "%total", name="%total.next")
+        self.fma(found, scale, total, name=f"{total}.next")
 
     def _everywhere(self, base: str, offset: int) -> str:
         """A float32 from memory in all lanes."""
         return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)
+
+
+def _flat(sums: list[list[list[str]]]) -> list[str]:
+    """All of them, in order."""
+    return [name for of_token in sums for turns in of_token for name in turns]

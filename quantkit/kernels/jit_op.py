@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels.jit import product
+from quantkit.kernels.jit import multiplies_bytes, product
 from quantkit.kernels.jit_amx import fits, product_by_amx
 from quantkit.kernels.jit_dense import pays, product_of_many
 from quantkit.kernels.order import reordered
@@ -41,7 +41,8 @@ def _product(
     rows, group = x.shape[0], x.shape[1] // scale.shape[1]
     if pays(rows, bits, group, x.dtype):
         return product_of_many(x, words, scale, zeros, bits, out_features)
-    chosen = product_by_amx if rows > 1 and fits(x.dtype, group) else product
+    by_amx = fits(x.dtype, group) and not multiplies_bytes(rows, x.dtype, group)
+    chosen = product_by_amx if by_amx else product
     return chosen(x, words, scale, zeros, bits, out_features)
 
 

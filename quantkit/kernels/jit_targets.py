@@ -25,7 +25,7 @@ class Target:
         without: LLVM's features that it does not use even where the CPU has them.
         tile: tokens for which a weight is decoded once; their sums stay in registers.
         chains: sums of one token that do not wait for each other.
-        int8: whether it multiplies bytes (:mod:`quantkit.kernels.jit_bytes_ir`), which is for one row of x.
+        int8: whether it multiplies bytes (:mod:`quantkit.kernels.jit_bytes_ir`), which is for few rows of x.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
         amx: whether it multiplies matrices of bfloat16 (:mod:`quantkit.kernels.jit_amx_ir`).
         many_pairs: rows of bfloat16 x from which on torch's product with dense blocks of the weight is faster than

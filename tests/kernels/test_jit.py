@@ -103,8 +103,17 @@ def test_products_are_as_exact_as_torchs(
     exact = x.double() @ dequantize(q, torch.float64).T
     theirs = linear(x, dequantize(q, dtype)).double()
     lost = 6e-8 if dtype == torch.float32 else 1e-6
-    scale = x.double().abs() @ dequantize(q, torch.float64).abs().T  # what float32 sums may lose a share of
+    scale = x.double().abs() @ summed_sizes(q).T  # what float32 sums may lose a share of
     assert float((y.double() - exact).norm()) <= 2 * float((theirs - exact).norm()) + lost * float(scale.norm())
+
+
+def summed_sizes(q: QuantizedTensor) -> Tensor:
+    """float64 [out, in]: for each weight the sizes of what is summed, codes and zero points apart, from the middle."""
+    group_of = (
+        torch.arange(q.codes.shape[1]) // q.scheme.columns_per_group(q.codes.shape[1]) if q.g_idx is None else q.g_idx
+    )
+    codes, zeros = ((values.double() - q.scheme.mid).abs() for values in (q.codes, q.zero_point[:, group_of.long()]))
+    return (codes + zeros) * q.scale.double()[:, group_of.long()]
 
 
 @pytest.mark.parametrize("target", available(), ids=lambda target: target.name)
