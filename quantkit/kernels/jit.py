@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
 from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, bytes_ir, scratch_of_bytes
-from quantkit.kernels.jit_bytes_ir import MOST_TOKENS as MOST_IN_BYTES
 from quantkit.kernels.jit_compile import addresses, function
 from quantkit.kernels.jit_ir import matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
@@ -57,10 +56,12 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     return target_here().bfloat16 and dtype == torch.bfloat16
 
 
-def multiplies_bytes(rows: int, dtype: torch.dtype, group: int) -> bool:
-    """Whether so many rows of this dtype are multiplied in bytes, with groups of so many columns."""
-    fits = dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
-    return target_here().int8 and rows <= MOST_IN_BYTES and fits
+def multiplies_bytes(rows: int, dtype: torch.dtype, bits: int, group: int) -> bool:
+    """Whether so many rows of this dtype are multiplied in bytes by such codes, with groups of so many columns."""
+    dots = target_here().dots
+    if dots is None or rows > dots.tokens or bits > dots.bits:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
 
 
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:
@@ -80,7 +81,7 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits:
     words, scale, zeros = weight_in_line(words, scale, zeros)
     y = torch.empty(x.shape[0], scale.shape[0] * PANEL, dtype=x.dtype)
     if y.numel():
-        _fill_of(x, scale.shape[1])(x, words, scale, zeros, bits, y)
+        _fill_of(x, bits, scale.shape[1])(x, words, scale, zeros, bits, y)
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 
@@ -125,7 +126,7 @@ def kernel_of_one_row(
         numbers of its scratch.
     """
     kind = Kind(bits, in_features // groups, symmetric, TYPES[scale])
-    if multiplies_bytes(1, dtype, kind.group):
+    if multiplies_bytes(1, dtype, bits, kind.group):
         return _address_of_bytes(target_here(), kind, TYPES[dtype]), scratch_of_bytes(1, in_features, groups)
     return _address_of_tile(target_here(), kind, TYPES[dtype]), scratch_numbers(1, in_features, groups, bits)
 
@@ -133,9 +134,9 @@ def kernel_of_one_row(
 _Fill = Callable[[Tensor, Tensor, Tensor, Tensor | None, int, Tensor], None]
 
 
-def _fill_of(x: Tensor, groups: int) -> _Fill:
+def _fill_of(x: Tensor, bits: int, groups: int) -> _Fill:
     """How the product with x is written."""
-    if multiplies_bytes(x.shape[0], x.dtype, x.shape[1] // groups):
+    if multiplies_bytes(x.shape[0], x.dtype, bits, x.shape[1] // groups):
         return _fill_by_bytes
     return _fill_by_pairs if multiplies_bfloat16(x.dtype) else _fill_by_tiles
 
@@ -216,14 +217,19 @@ def _tile_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callabl
     return function(tile_ir(kind, dtype, tokens, target.chains), target, len(POINTERS), len(NUMBERS))
 
 
+def _bytes_source(target: Target, kind: Kind, dtype: str, tokens: int) -> str:
+    assert target.dots is not None  # see multiplies_bytes
+    return bytes_ir(kind, dtype, tokens, target.dots)
+
+
 @cache
 def _bytes_kernel(target: Target, kind: Kind, dtype: str, tokens: int) -> Callable[..., None]:
-    return function(bytes_ir(kind, dtype, tokens), target, len(POINTERS), len(NUMBERS))
+    return function(_bytes_source(target, kind, dtype, tokens), target, len(POINTERS), len(NUMBERS))
 
 
 @cache
 def _address_of_bytes(target: Target, kind: Kind, dtype: str) -> int:
-    return addresses(bytes_ir(kind, dtype, 1), target, [NAME])[0]
+    return addresses(_bytes_source(target, kind, dtype, 1), target, [NAME])[0]
 
 
 @cache

@@ -5,11 +5,11 @@ become integers, x = 2^s i with the s at which the largest has 22 bits, and thes
 
     i = d₀ + 2⁸ d₁ + 2¹⁶ d₂        with digits from -128 to 127,
 
-so that three sums Σ q d of 32-bit integers, which are exact, hold the product (VPDPBUSD: four columns of 16 rows at
-once). At a group's end they are put together in float32, zero points come in by algebra, Σ (q - z) i = Σ q i - z Σ i,
-and the scale is 2^s times the weight's. With the 8 digits of a bfloat16 activations lose nothing down to 2^-14 of the
-largest in their group, with a float16's 11 down to 2^-11; below, no more than 2^-22 of that largest one, which is what
-a float32 sum with it would lose.
+so that three sums Σ q d of 32-bit integers, which are exact, hold the product (:mod:`quantkit.kernels.jit_dots_ir`).
+At a group's end they are put together in float32, zero points come in by algebra, Σ (q - z) i = Σ q i - z Σ i, and the
+scale is 2^s times the weight's. With the 8 digits of a bfloat16 activations lose nothing down to 2^-14 of the largest
+in their group, with a float16's 11 down to 2^-11; below, no more than 2^-22 of that largest one, which is what a
+float32 sum with it would lose.
 
 Memory is read once, from start to end, with prefetches ahead. A unit takes half as long as by
 :mod:`quantkit.kernels.jit_ir`: there every product of bfloat16 takes two cycles, and every number a table look-up.
@@ -17,15 +17,13 @@ Memory is read once, from start to end, with prefetches ahead. A unit takes half
 
 from __future__ import annotations
 
+from quantkit.kernels.jit_dots_ir import Dots
 from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines, center
 from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS
-from quantkit.kernels.panels import unit_columns
+from quantkit.kernels.panels import PANEL, unit_columns
 
 ACTIVATIONS = ("bfloat", "half")
 """LLVM's names of the types of x; a float32's 24 bits would not fit."""
-
-MOST_TOKENS = 4
-"""Rows of x: then a unit has 24 products and 3 other instructions, and matrix instructions are as fast."""
 
 MOST_COLUMNS = 1 << 16
 """Of a group: more products of two bytes could overflow 32 bits."""
@@ -39,21 +37,21 @@ _EXPONENT_ONES = 255  # of infinity and NaN
 _ORDERS = {8: (0, 4, 1, 5, 2, 6, 3, 7), 4: (0, 2, 1, 3)}
 
 _HEADER = """\
-declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare i32 @llvm.umax.i32(i32, i32)
 """
 
 
-def bytes_ir(kind: Kind, activation: str, tokens: int) -> str:
+def bytes_ir(kind: Kind, activation: str, tokens: int, dots: Dots) -> str:
     """A module with the function of :func:`quantkit.kernels.jit_tile_ir.tile_ir`, for one tile.
 
     Args:
         kind: the weight.
         activation: LLVM's name of the type of x and y, one of :data:`ACTIVATIONS`.
-        tokens: rows of x, at most :data:`MOST_TOKENS`.
+        tokens: rows of x, at most as many as ``dots`` has registers for.
+        dots: how bytes are multiplied.
     """
-    digits, product = _Writer(kind, activation, tokens), _Writer(kind, activation, tokens)
+    digits, product = (_Writer(kind, activation, tokens, dots) for _ in range(2))
     return PREFETCH + _HEADER + digits.declarations() + "\n".join([*digits.digits(), *product.product()])
 
 
@@ -63,12 +61,11 @@ def scratch_of_bytes(tokens: int, in_features: int, groups: int) -> int:
 
 
 class _Writer(Lines):
-    def __init__(self, kind: Kind, activation: str, tokens: int) -> None:
+    def __init__(self, kind: Kind, activation: str, tokens: int, dots: Dots) -> None:
         super().__init__()
-        self.kind, self.activation, self.tokens = kind, activation, tokens
-        self.turns = (
-            2 if tokens == 1 else 1
-        )  # sums of a digit that do not wait for each other; several rows have several
+        self.kind, self.activation, self.tokens, self.dots = kind, activation, tokens, dots
+        # Sums of a digit that do not wait for each other: several rows have several, and AVX2 has few registers.
+        self.turns = 2 if tokens == 1 < dots.tokens else 1
         self.unit = unit_columns(kind.bits)
         self.lanes = next(n for n in (16, 8, 4) if kind.group % n == 0)
         self.chunks = kind.group // self.lanes
@@ -77,6 +74,7 @@ class _Writer(Lines):
         """Of functions that depend on the number of lanes."""
         n = self.lanes
         return (
+            f"{self.dots.declarations}"
             f"declare <{n} x i32> @llvm.umax.v{n}i32(<{n} x i32>, <{n} x i32>)\n"
             f"declare i32 @llvm.vector.reduce.umax.v{n}i32(<{n} x i32>)\n"
             f"declare float @llvm.vector.reduce.fadd.v{n}f32(float, <{n} x float>)\n"
@@ -166,17 +164,15 @@ class _Writer(Lines):
         digits = [
             self.address(self.address(own, "%groups", _GROUP_BYTES), "%g", self.kind.group * _DIGITS) for own in kept
         ]
-        self.loop("chunk", "%c", "group", "chunk")
+        before, found = "group", []
+        for part in range(PANEL // self.dots.rows):
+            found.append(self._part(part, before, words, digits))
+            before = f"chunks.{part}"
         sums = [
-            [[f"%sum.{token}.{digit}.{turn}" for turn in range(self.turns)] for digit in range(_DIGITS)]
-            for token in range(self.tokens)
+            [self._joined(list(parts)) for parts in zip(*of_token, strict=True)]
+            for of_token in zip(*found, strict=True)
         ]
-        self.lines += [
-            f"  {name} = phi <16 x i32> [ zeroinitializer, %group ], [ {name}.next, %chunk ]" for name in _flat(sums)
-        ]
-        here = self.address(words, "%c", self.lanes // self.unit * 64)
-        self._chunk(here, [self.address(each, "%c", _DIGITS * self.lanes) for each in digits], sums)
-        self.again("chunk", "%c", str(self.chunks), "scale")
+        self.lines += ["  br label %scale", "scale:"]
         scale, zeros = self._group(at)
         for own, of_token, total in zip(kept, sums, totals, strict=True):
             self._scaled(self.address(own, "%g", _GROUP_BYTES), of_token, scale, zeros, total)
@@ -193,33 +189,71 @@ class _Writer(Lines):
         """Where each row's part begins, so many bytes behind the one before."""
         return [base, *(self.address(base, nbytes, token) for token in range(1, self.tokens))]
 
-    def _chunk(self, words: str, digits: list[str], sums: list[list[list[str]]]) -> None:
+    def _part(self, part: int, before: str, words: str, digits: list[str]) -> list[list[str]]:
+        """Sums over a group for a part of the panel's rows, for each row of x and digit.
+
+        A loop that follows the block ``before``; behind it the block ``chunks.PART`` is open.
+        """
+        index, label, rows = f"%c.{part}", f"chunk.{part}", self.dots.rows
+        self.loop(label, index, before, label)
+        sums = [
+            [[f"%sum.{part}.{token}.{digit}.{turn}" for turn in range(self.turns)] for digit in range(_DIGITS)]
+            for token in range(self.tokens)
+        ]
+        self.lines += [
+            f"  {name} = phi <{rows} x i32> [ zeroinitializer, %{before} ], [ {name}.next, %{label} ]"
+            for of_token in sums
+            for turns in of_token
+            for name in turns
+        ]
+        here = self.after(self.address(words, index, self.lanes // self.unit * 64), part * 4 * rows)
+        self._chunk(here, [self.address(own, index, _DIGITS * self.lanes) for own in digits], sums, first=part == 0)
+        self.again(label, index, str(self.chunks), f"chunks.{part}")
+        return [[self._added(turns) for turns in of_token] for of_token in sums]
+
+    def _chunk(self, words: str, digits: list[str], sums: list[list[list[str]]], first: bool) -> None:
         """The products of a chunk's units; where a digit has several sums, codes take turns at them."""
-        now = [[list(turns) for turns in of_token] for of_token in sums]
+        running: dict[str, str] = {}
         place = 0
         for unit in range(self.lanes // self.unit):
             here = self.after(words, 64 * unit)
-            self.prefetch(here, _AHEAD)
+            if first:
+                self.prefetch(here, _AHEAD)
             for codes in self._codes(here):
-                for of_token, own in zip(now, digits, strict=True):
+                for of_token, own in zip(sums, digits, strict=True):
                     for digit, turns in enumerate(of_token):
-                        x = self.after(own, digit * self.lanes + 4 * place)
-                        four = self.splat(self.let(f"load i32, ptr {x}, align 1"), "i32", 16)
-                        turns[place % self.turns] = self.let(
-                            "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512("
-                            f"<16 x i32> {turns[place % self.turns]}, <16 x i32> {codes}, <16 x i32> {four})"
-                        )
+                        total = turns[place % self.turns]
+                        four = self.let(f"load i32, ptr {self.after(own, digit * self.lanes + 4 * place)}, align 1")
+                        running[total] = self.dots.added(self, running.get(total), total, codes, four)
                 place += 1
-        for name, final in zip(_flat(sums), _flat(now), strict=True):
-            self.lines.append(f"  {name}.next = bitcast <16 x i32> {final} to <16 x i32>")
+        kind = f"<{self.dots.rows} x i32>"
+        for total in (name for of_token in sums for turns in of_token for name in turns):
+            ended = self.dots.ended(self, running[total], total) if total in running else total
+            self.lines.append(f"  {total}.next = bitcast {kind} {ended} to {kind}")
+
+    def _added(self, turns: list[str]) -> str:
+        """All sums of a digit, after a loop, as one."""
+        whole = f"{turns[0]}.next"
+        for other in turns[1:]:
+            whole = self.let(f"add <{self.dots.rows} x i32> {whole}, {other}.next")
+        return whole
+
+    def _joined(self, parts: list[str]) -> str:
+        """<16 x i32>: what two parts of a panel have, or one has alone."""
+        if len(parts) == 1:
+            return parts[0]
+        one, other = (f"<8 x i32> {part}" for part in parts)
+        indices = ", ".join(f"i32 {row}" for row in range(PANEL))
+        return self.let(f"shufflevector {one}, {other}, <16 x i32> < {indices} >")
 
     def _codes(self, place: str) -> list[str]:
         """A unit's codes, four bytes of each row: the low nibbles and the high ones, or the bytes as they are."""
-        word = self.let(f"load <16 x i32>, ptr {place}, align 64")
+        kind = f"<{self.dots.rows} x i32>"
+        word = self.let(f"load {kind}, ptr {place}, align {4 * self.dots.rows}")
         if self.kind.bits > 4:
             return [word]
-        high = self.let(f"lshr <16 x i32> {word}, splat (i32 4)")
-        return [self.let(f"and <16 x i32> {nibbles}, splat (i32 {0x0F0F0F0F})") for nibbles in (word, high)]
+        high = self.let(f"lshr {kind} {word}, splat (i32 4)")
+        return [self.let(f"and {kind} {nibbles}, splat (i32 {0x0F0F0F0F})") for nibbles in (word, high)]
 
     def _group(self, at: str) -> tuple[str, str | None]:
         """float32 of a group: the weight's scales, and its zero points, if it has some."""
@@ -230,13 +264,10 @@ class _Writer(Lines):
         stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
         return scale, self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
 
-    def _scaled(self, kept: str, sums: list[list[str]], scale: str, zeros: str | None, total: str) -> None:
+    def _scaled(self, kept: str, sums: list[str], scale: str, zeros: str | None, total: str) -> None:
         """The end of a group: a row's product, times its scales, is added to the total."""
         found = None
-        for turns in reversed(sums):
-            whole = f"{turns[0]}.next"
-            for other in turns[1:]:
-                whole = self.let(f"add <16 x i32> {whole}, {other}.next")
+        for whole in reversed(sums):
             number = self.let(f"sitofp <16 x i32> {whole} to <16 x float>")
             found = number if found is None else self.fma(found, "splat (float 256.0)", number)
         assert found is not None
@@ -248,8 +279,3 @@ class _Writer(Lines):
     def _everywhere(self, base: str, offset: int) -> str:
         """A float32 from memory in all lanes."""
         return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)
-
-
-def _flat(sums: list[list[list[str]]]) -> list[str]:
-    """All of them, in order."""
-    return [name for of_token in sums for turns in of_token for name in turns]

@@ -41,7 +41,7 @@ def _product(
     rows, group = x.shape[0], x.shape[1] // scale.shape[1]
     if pays(rows, bits, group, x.dtype):
         return product_of_many(x, words, scale, zeros, bits, out_features)
-    by_amx = fits(x.dtype, group) and not multiplies_bytes(rows, x.dtype, group)
+    by_amx = fits(x.dtype, group) and not multiplies_bytes(rows, x.dtype, bits, group)
     chosen = product_by_amx if by_amx else product
     return chosen(x, words, scale, zeros, bits, out_features)
 

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from quantkit.errors import KernelError, message
+from quantkit.kernels.jit_dots_ir import Dots, FusedDots, PairedDots
 
 VARIABLE = "QUANTKIT_CPU_TARGET"
 """Environment variable: the name of a target, for tests and for comparisons."""
@@ -25,7 +26,7 @@ class Target:
         without: LLVM's features that it does not use even where the CPU has them.
         tile: tokens for which a weight is decoded once; their sums stay in registers.
         chains: sums of one token that do not wait for each other.
-        int8: whether it multiplies bytes (:mod:`quantkit.kernels.jit_bytes_ir`), which is for few rows of x.
+        dots: how it multiplies bytes, for few rows of x (:mod:`quantkit.kernels.jit_bytes_ir`); None: it does not.
         bfloat16: whether it multiplies pairs of bfloat16 (:mod:`quantkit.kernels.jit_ir`).
         amx: whether it multiplies matrices of bfloat16 (:mod:`quantkit.kernels.jit_amx_ir`).
         many_pairs: rows of bfloat16 x from which on torch's product with dense blocks of the weight is faster than
@@ -41,7 +42,7 @@ class Target:
     without: str
     tile: int
     chains: int
-    int8: bool
+    dots: Dots | None
     bfloat16: bool
     amx: bool
     many_pairs: int | None
@@ -52,6 +53,9 @@ class Target:
 
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
+_AVX2 = ("avx2", "fma3", "f16c")
+# With four rows of x a unit has 24 products and 3 other instructions: matrix instructions are as fast from there on.
+_VNNI = FusedDots(rows=16, tokens=4)
 _X86, _ARM = "x86_64", "aarch64"
 # Where many rows begin: measured with 4096 x 4096 on one core of a Xeon with AMX, as it is and without what a lesser
 # target lacks. Kernels / dense blocks of W4 g64, ms of CPU time: avx512_bf16 27/31 at 64 rows, 51/51 at 128 (W8 46/32,
@@ -60,12 +64,27 @@ _X86, _ARM = "x86_64", "aarch64"
 _AMX = ("amx_tile", "amx_bf16")
 _PAIRS = (*_AVX512, "avx512_vnni", "avx512_bf16")
 TARGETS = (
-    Target("amx", (*_PAIRS, *_AMX), _X86, "", 12, 4, True, True, True, 24, 192, _ALL, "sapphirerapids"),
-    Target("avx512_bf16", _PAIRS, _X86, "", 12, 4, True, True, False, 96, 192, _ALL, "znver4"),
-    Target("avx512_vnni", _PAIRS[:-1], _X86, "", 12, 4, True, False, False, None, 192, _ALL, "icelake-server"),
-    Target("avx512", _AVX512, _X86, "", 12, 4, False, False, False, None, 192, _ALL, "skylake-avx512"),
-    Target("avx2", ("avx2", "fma3", "f16c"), _X86, "-avx512f", 4, 2, False, False, False, None, None, _ALL, "znver3"),
-    Target("neon", (), _ARM, "", 4, 2, False, False, False, None, None, (), "neoverse-n1"),
+    Target("amx", (*_PAIRS, *_AMX), _X86, "", 12, 4, _VNNI, True, True, 24, 192, _ALL, "sapphirerapids"),
+    Target("avx512_bf16", _PAIRS, _X86, "", 12, 4, _VNNI, True, False, 96, 192, _ALL, "znver4"),
+    Target("avx512_vnni", _PAIRS[:-1], _X86, "", 12, 4, _VNNI, False, False, None, 192, _ALL, "icelake-server"),
+    Target("avx512", _AVX512, _X86, "", 12, 4, None, False, False, None, 192, _ALL, "skylake-avx512"),
+    Target(
+        "avx_vnni",
+        (*_AVX2, "avx_vnni"),
+        _X86,
+        "-avx512f",
+        4,
+        2,
+        FusedDots(rows=8, tokens=1),
+        False,
+        False,
+        None,
+        None,
+        _ALL,
+        "alderlake",
+    ),
+    Target("avx2", _AVX2, _X86, "-avx512f", 4, 2, PairedDots(), False, False, None, None, _ALL, "znver3"),
+    Target("neon", (), _ARM, "", 4, 2, None, False, False, None, None, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""
 

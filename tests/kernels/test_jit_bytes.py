@@ -12,16 +12,18 @@ from torch import Tensor
 
 from quantkit.grid import dequantize
 from quantkit.kernels.jit import aligned, multiplies_bytes, product
-from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, MOST_TOKENS, bytes_ir
+from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, bytes_ir
 from quantkit.kernels.jit_compile import assembly
-from quantkit.kernels.jit_targets import TARGETS, Target, available
+from quantkit.kernels.jit_dots_ir import PairedDots
+from quantkit.kernels.jit_targets import TARGETS, VARIABLE, Target, available
 from quantkit.kernels.jit_text import Kind
 from quantkit.kernels.panels import pack_codes, pack_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
+HERE = [target for target in available() if target.dots is not None]
 needs_bytes = pytest.mark.skipif(
-    not available() or not multiplies_bytes(1, torch.bfloat16, 64), reason="this CPU does not multiply bytes"
+    not HERE or not multiplies_bytes(1, torch.bfloat16, 8, 64), reason="this CPU does not multiply bytes of 8 bits"
 )
 LOST = 2**-21  # of a group's largest activation, for each of the others; twice what the integers round
 
@@ -58,7 +60,7 @@ def bound(q: QuantizedTensor, x: Tensor) -> Tensor:
     st.integers(1, 5),
     st.booleans(),
     st.sampled_from([torch.bfloat16, torch.float16]),
-    st.integers(1, MOST_TOKENS),
+    st.integers(1, 4),
     st.floats(0, 3),
     st.integers(0, 999),
 )
@@ -70,8 +72,29 @@ def test_it_is_near_the_exact_product(
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(2, tokens, group * groups, generator=generator)
     x = (normal[0] * (spread * normal[1]).exp()).clamp(-100, 100).to(dtype)
+    assert_near(q, x)
+
+
+def assert_near(q: QuantizedTensor, x: Tensor) -> None:
     wrong = (multiplied(q, x).double() - x.double() @ dequantize(q, torch.float64).T).abs()
-    assert bool((wrong <= bound(q, x) + torch.finfo(dtype).smallest_normal).all())
+    assert bool((wrong <= bound(q, x) + torch.finfo(x.dtype).smallest_normal).all())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize("target", HERE, ids=lambda target: target.name)
+def test_every_target_of_this_cpu(target: Target, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Largest codes and digits too: AVX2's sums of 16 bits must hold them."""
+    monkeypatch.setenv(VARIABLE, target.name)
+    assert target.dots is not None
+    for tokens in range(1, target.dots.tokens + 1):
+        for group, symmetric in ((64, True), (24, False), (128, False), (8, True)):
+            q = weight(bits, group, 3, symmetric)
+            generator = torch.Generator().manual_seed(tokens)
+            assert multiplies_bytes(tokens, torch.bfloat16, bits, group) == (bits <= target.dots.bits)
+            assert_near(q, torch.randn(tokens, 3 * group, generator=generator).to(torch.bfloat16))
+            q.codes.fill_(q.scheme.levels - 1)
+            for value in (1.9921875, -1.9921875, 1.0 + 2**-7, -1.0 - 2**-7):
+                assert_near(q, torch.full((tokens, 3 * group), value, dtype=torch.bfloat16))
 
 
 @needs_bytes
@@ -116,20 +139,29 @@ def test_the_longest_group() -> None:
     x[0, 0] = 1.9921875  # the lower digits of the others are -128
     found = multiplied(q, x)
     assert float(found[0, 0]) == pytest.approx(127 * float(x.double().sum()), rel=2**-8)
-    assert not multiplies_bytes(1, torch.bfloat16, MOST_COLUMNS + 8)
-    assert not multiplies_bytes(1, torch.float32, 64)
+    assert not multiplies_bytes(1, torch.bfloat16, 8, MOST_COLUMNS + 8)
+    assert not multiplies_bytes(1, torch.float32, 8, 64)
 
 
 @pytest.mark.skipif(not available(), reason="no llvmlite, or no kernels for this CPU")
-@pytest.mark.parametrize("tokens", [1, MOST_TOKENS])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.int8], ids=lambda target: target.name)
-def test_machine_code(target: Target, bits: int, tokens: int) -> None:
-    """The main loop: three products for 64 codes with the activations from memory, masks, and nothing spilled."""
-    text = assembly(bytes_ir(Kind(bits, 64, True, "bfloat"), "bfloat", tokens), target)
-    body = text[text.index("kernel:") :]
-    products = re.findall(r"vpdpbusd\s+\S*\([%\w,]+\)\{1to16\}, %zmm", body)
-    units = 2 if bits == 4 else 4
-    assert len(products) == tokens * units * (6 if bits == 4 else 3)
-    assert len(re.findall(r"vpsrl[wd]\s+\$4,", body)) == (units if bits == 4 else 0)
-    assert not re.search(r"%[xyz]mm\d+, -?\d*\(%rsp", body)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.dots], ids=lambda target: target.name)
+def test_machine_code(target: Target, bits: int) -> None:
+    """The main loops: three products for each four codes of a row, masks for nibbles, sums that stay in registers."""
+    assert target.dots is not None
+    if bits > target.dots.bits:
+        pytest.skip("its sums of 16 bits do not hold such codes")
+    name = "vpmaddubsw" if isinstance(target.dots, PairedDots) else "vpdpbusd"
+    for tokens in (1, target.dots.tokens):
+        text = assembly(bytes_ir(Kind(bits, 64, True, "bfloat"), "bfloat", tokens, target.dots), target)
+        body = text[text.index("kernel:") :]
+        registers = (2 if bits == 4 else 4) * 16 // target.dots.rows  # of a chunk's units
+        assert len(re.findall(rf"\b{name}\b", body)) == tokens * registers * (6 if bits == 4 else 3)
+        assert len(re.findall(r"vpsrl[wd]\s+\$4,", body)) == (registers if bits == 4 else 0)
+        loops = [block for block in re.split(r"^\.LBB\w+:", body, flags=re.MULTILINE) if name in block]
+        assert len(loops) == 16 // target.dots.rows
+        assert not [
+            block
+            for block in loops
+            if re.search(r"vmov\w+\s+%[xyz]mm\d+, -?\d*\(%rsp", re.split(r"\tj\w+\t", block)[0])
+        ]

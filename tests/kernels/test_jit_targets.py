@@ -79,7 +79,7 @@ def test_machine_code_of_every_target(target: Target, bits: int) -> None:
     """One row of x: a fused multiplication for each register of weights, no other arithmetic in floating point for
     nibbles and one conversion for bytes, nothing spilled, no calls but the own one; half precision too."""
     units, columns = 2, 8 if bits == 4 else 4
-    registers = units * columns * 16 * 32 // {"avx2": 256, "neon": 128}.get(target.name, 512)
+    registers = units * columns * 16 * 32 // {"avx2": 256, "avx_vnni": 256, "neon": 128}.get(target.name, 512)
     loop = hot_loop(assembly(tile_ir(Kind(bits, 64, True, "bfloat"), "bfloat", 1, target.chains), target))
     names = [line.split()[0] for line in loop]
     assert sum("fmadd" in name or name == "fmla" for name in names) == registers
