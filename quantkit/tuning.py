@@ -120,7 +120,7 @@ class Tuned:
         error_after: of the kept state; never larger.
         steps: updates that were made.
         kept_step: the update after which it was measured; 0: the start.
-        unreached: layers that no update saw a token of: experts that nothing was sent to.
+        unreached: layers that no update saw a token of: experts that nothing was sent to, layers whose input is zero.
     """
 
     weights: dict[str, QuantizedTensor]
@@ -311,8 +311,10 @@ class BlockTuner:
             gradient = leaves.pop(f"{weight.name}.weight").grad
             if gradient is None:  # an expert that no token of this batch was sent to
                 continue
-            self._unreached.discard(weight.name)
-            self._check(float(gradient.float().abs().sum()), f"the gradient of {weight.name}")
+            size = float(gradient.float().abs().sum())
+            self._check(size, f"the gradient of {weight.name}")
+            if size > 0:
+                self._unreached.discard(weight.name)
             with torch.enable_grad():
                 value = self._as_parameter(weight)
             torch.autograd.backward(value, gradient)

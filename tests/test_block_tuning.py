@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,32 @@ def test_experts_learn_from_their_tokens(tiny: Callable[[str], Path], thrice: li
     assert all(any("no token" in note for note in layer["notes"]) for layer in idle)
     others = [layer for layer in experts if layer not in idle]
     assert not any(layer["digest"] == rounded[layer["name"]] or layer["notes"] for layer in others)
+
+
+@pytest.mark.parametrize(
+    "transforms", [[], ["awq"], [{"name": "smoothquant", "sources": "all"}]], ids=["alone", "awq", "smoothquant"]
+)
+def test_a_layer_that_nothing_activates(
+    transforms: list[Any], tiny: Callable[[str], Path], thrice: list[Tensor], tmp_path: Path
+) -> None:
+    """Its input is zero for all tokens: it is rounded to nearest, and its record and the transform's say so."""
+    source = tmp_path / "model"
+    shutil.copytree(tiny("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = {**ROUNDED, "transforms": transforms}
+    report = quantkit.quantize(source, tmp_path / "out", recipe=recipe, tokens=thrice).report
+    rounded = quantkit.quantize(source, tmp_path / "plain", recipe={**ROUNDED, "method": "rtn"}).report
+    name = "model.layers.1.mlp.down_proj"
+    found, plain = (next(layer for layer in r["layers"] if layer["name"] == name) for r in (report, rounded))
+    assert found["digest"] == plain["digest"]
+    assert any("no token" in note for note in found["notes"])
+    others = [layer for layer in report["layers"] if layer["notes"]]
+    assert [layer["name"] for layer in others] == [name]
+    idle = [record for record in report["transforms"] if "never activates" in record["note"]]
+    assert bool(idle) == bool(transforms)
+    assert all("layers.1." in record["readers"][0] and record["choice"] == "none" for record in idle)
 
 
 @pytest.mark.parametrize("recipe", [ROUNDED, TUNED], ids=["rounded", "tuned"])

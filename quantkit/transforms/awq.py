@@ -13,7 +13,7 @@ from quantkit.stats import Stat
 from quantkit.structure import ScaleGroup
 from quantkit.transforms.base import BlockContext, Found
 from quantkit.transforms.folding import reader_channels, to_channels
-from quantkit.transforms.search import Point, best_of
+from quantkit.transforms.search import Point, best_of, never_activated
 from quantkit.transforms.trial import Trial
 
 _NOT_CLIPPED = ("q_proj", "k_proj")
@@ -76,6 +76,8 @@ class AWQ:
                     "check the model in this dtype, or use --dtype float32",
                 )
             )
+        if not bool(means.any()):
+            return never_activated()
         channels = reader_channels(group, means.numel(), context.heads)
         inputs = to_channels(means, channels, "mean")
         weights = to_channels(_relative_magnitudes(group, context), channels, "mean") if self.duo_scaling else None

@@ -56,6 +56,12 @@ def best_of(points: Sequence[Point], loss_of: Callable[[Tensor], float], unscale
     return Found(points[best].scale, points[best].choice, losses[best], before, note)
 
 
+def never_activated() -> Found:
+    """Of a group whose input is zero for all calibration data: nothing tells scales apart, so it stays, and the report
+    says so."""
+    return Found(None, "none", note="the calibration data never activates it: left as it is")
+
+
 def _loss(scale: Tensor, loss_of: Callable[[Tensor], float]) -> float:
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         return math.nan

@@ -13,7 +13,7 @@ from quantkit.stats import Stat
 from quantkit.structure import ScaleGroup, Source
 from quantkit.transforms.base import BlockContext, Found
 from quantkit.transforms.folding import reader_channels, to_channels
-from quantkit.transforms.search import Point, best_of
+from quantkit.transforms.search import Point, best_of, never_activated
 from quantkit.transforms.trial import Trial
 
 _ALPHAS = 20  # steps of a search
@@ -56,6 +56,8 @@ class SmoothQuant:
     def find(self, group: ScaleGroup, context: BlockContext) -> Found:
         """See :class:`quantkit.transforms.base.ScaleTransform`."""
         channels, inputs, weights = _ranges(group, context)
+        if not bool(inputs.any()):
+            return never_activated()
         if self.alpha != "search":
             return Found(smoothing(inputs, weights, self.alpha), f"alpha {self.alpha:g}")
         trial = Trial(group, context, group.parent, self.search_tokens)
