@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.attention import ROOM, attend_by_steps
 from quantkit.errors import InputError, KernelError, first_line, message
+from quantkit.kernels.native_op import c_functions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -220,9 +221,10 @@ def _compiled(step: Callable[[Tensor], Tensor], backend: str, device: torch.devi
     That code is compiled apart from the kernels, with little optimization, which it does not need: in half of the time.
     It rounds where the eager step rounds: what it fuses would else stay in float32, and other tokens be chosen.
     """
-    options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _about_tokens}
+    options: dict[str, Any] = {"guard_filter_fn": _about_tokens}
     if backend == "inductor" and device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp_wrapper_build_separate": True, "emulate_precision_casts": True}
+        options["aot_inductor.custom_ops_to_c_shims"] = c_functions()
     return torch.compile(step, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 

@@ -68,7 +68,7 @@ def attend_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
 
 @cache
 def _defined() -> None:
-    define(_SCHEMA, attend_ir(), (OPERATOR,), SYMBOLS, _shape)
+    define(_SCHEMA, attend_ir(), OPERATOR, SYMBOLS, _shape)
 
 
 def _shape(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:  # noqa: ARG001

@@ -260,7 +260,7 @@ def _operator() -> list[str]:
     output = writer.empty(kind, 4, (shape, strides), made)
     writer.data(output, places["y"])
     _run(writer, kind, heads, (length, size, value_size), context)
-    writer.end(handles.values(), output)
+    writer.end(len(handles), output)
     return writer.lines
 
 

@@ -68,7 +68,7 @@ def step(x: Tensor, panels: int, call: Tensor) -> Tensor:
 @cache
 def _defined() -> None:
     """Compiles the operator and gives it to torch, once in a process."""
-    define("panels_step(Tensor x, Tensor call, int rows) -> Tensor", step_ir(), (OPERATOR,), SYMBOLS, _shape)
+    define("panels_step(Tensor x, Tensor call, int rows) -> Tensor", step_ir(), OPERATOR, SYMBOLS, _shape)
 
 
 def _shape(x: Tensor, call: Tensor, rows: int) -> Tensor:  # noqa: ARG001

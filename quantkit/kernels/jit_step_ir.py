@@ -76,5 +76,5 @@ def _operator() -> list[str]:
     writer.data(output, places["y"])
     panels, grain = writer.field("panels", "i64"), writer.field("grain", "i64")
     writer.let(f"call i32 @torch_parallel_for(i64 0, i64 {panels}, i64 {grain}, ptr @{_PART}, ptr {context})")
-    writer.end(handles.values(), output)
+    writer.end(len(handles), output)
     return writer.lines

@@ -1,12 +1,13 @@
 """What the writers of torch operators share: tensors come from torch's dispatcher, one is made, and given back.
 
 By the C functions of torch's stable interface for extensions (torch/csrc/stable/c/shim.h): an operator's arguments are
-64-bit words on a stack, a tensor's an owned handle, and the result takes the place of the first.
+64-bit words on a stack, a tensor's an owned handle, and the result takes the place of the first. Compiled code that
+has no handles to give away calls the inner function, which leaves its arguments to the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from quantkit.kernels.jit_text import Lines
 
@@ -30,12 +31,22 @@ declare i32 @torch_parallel_for(i64, i64, i64, ptr, ptr)
 _CPU, _NO_INDEX = 0, -1  # a device, for torch
 
 
+def inner(name: str) -> str:
+    """The function ``(ptr %stack)`` of an operator that lets go of nothing."""
+    return f"{name}_inner"
+
+
 class OperatorLines(Lines):
-    """Lines of a function ``(ptr %stack, i64 %inputs, i64 %outputs)``, which torch's dispatcher calls."""
+    """Lines of a function ``(ptr %stack, i64 %inputs, i64 %outputs)``, which torch's dispatcher calls, and its inner.
+
+    Attributes:
+        name: of the function.
+    """
 
     def begin(self, name: str) -> None:
-        """The function's head."""
-        self.lines.append(f"define void @{name}(ptr %stack, i64 %inputs, i64 %outputs) {{")
+        """The inner function's head."""
+        self.name = name
+        self.lines.append(f"define void @{inner(name)}(ptr %stack) {{")
 
     def data(self, handle: str, place: str) -> None:
         """Writes the address of a tensor's numbers to ``place``."""
@@ -67,8 +78,12 @@ class OperatorLines(Lines):
         self.let(f"call i32 @aoti_torch_empty_strided(i64 {dimensions}, ptr {places[0]}, ptr {places[1]}, {where})")
         return self.let(f"load ptr, ptr {made}")
 
-    def end(self, handles: Iterable[str], output: str) -> None:
-        """Lets go of the inputs, gives the output back, and returns."""
+    def end(self, tensors: int, output: str) -> None:
+        """Gives the output back and returns; then the outer function, which lets go of the first inputs."""
+        self.lines += [f"  store ptr {output}, ptr %stack", "  ret void", "}"]
+        self.lines.append(f"define void @{self.name}(ptr %stack, i64 %inputs, i64 %outputs) {{")
+        handles = [self.let(f"load ptr, ptr {self.after('%stack', 8 * i)}") for i in range(tensors)]
+        self.lines.append(f"  call void @{inner(self.name)}(ptr %stack)")
         for handle in handles:
             self.let(f"call i32 @aoti_torch_delete_tensor_object(ptr {handle})")
-        self.lines += [f"  store ptr {output}, ptr %stack", "  ret void", "}"]
+        self.lines += ["  ret void", "}"]

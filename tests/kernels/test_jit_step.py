@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -14,6 +16,7 @@ import quantkit
 from quantkit.kernels import JitBackend
 from quantkit.kernels.jit_step import layer_call, step
 from quantkit.kernels.jit_step_ir import CALL
+from quantkit.kernels.native_op import c_functions
 
 pytestmark = pytest.mark.skipif(fastest_cpu() != "cpu_jit", reason="cpu_jit does not run on this CPU")
 
@@ -62,6 +65,20 @@ def test_torch_takes_it_as_an_operator() -> None:
     own = layer("w4a16_g64")
     x, packed = normal(1, 192).to(BF16), own._packed()
     torch.library.opcheck(torch.ops.quantkit.panels_step.default, (x, packed["call"], 160))
+
+
+def test_what_compiled_code_calls() -> None:
+    """Known by torch's operator and pickled by its name, for Inductor's cache; the text has no address in it."""
+    layer("w4a16_g64")
+    found = c_functions()
+    operator = torch.ops.quantkit.panels_step.default
+    assert operator in found
+    assert torch.ops.aten.add.Tensor not in found
+    assert pickle.loads(pickle.dumps(found)) == found
+    (text,) = found[str(operator)]
+    start = "inline AOTITorchError aoti_torch_cpu_panels_step(AtenTensorHandle x, AtenTensorHandle call, int64_t rows, "
+    assert text.startswith(start)
+    assert not re.search(r"\d{6}", text)
 
 
 def test_addresses_stay_in_the_process() -> None:
