@@ -26,7 +26,7 @@ from quantkit.solvers import AutoRound
 from quantkit.solving import SolvedLayer, weight_errors
 from quantkit.tuning import BlockRun, BlockTuning, Tuned, held_out_count, round_block, tune_block
 
-_UNREACHED = "no token of the samples that tuning learns from reached it: it stays as it was rounded"
+_UNREACHED = "stays as it was rounded: no token of those that tuning learns from reaches it, or it changes nothing"
 
 Place = Callable[[str, QuantizedTensor], None]
 """(layer within the block, weight): put it into the block's module."""

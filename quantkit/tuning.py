@@ -120,7 +120,7 @@ class Tuned:
         error_after: of the kept state; never larger.
         steps: updates that were made.
         kept_step: the update after which it was measured; 0: the start.
-        unreached: layers that no update saw a token of: experts that nothing was sent to, layers whose input is zero.
+        unreached: layers that had no gradient: experts that nothing was sent to, layers whose input is zero.
     """
 
     weights: dict[str, QuantizedTensor]
