@@ -214,7 +214,11 @@ def test_peak_memory_knows_the_head(tiny: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["model.embed_tokens", "*embed*", "re:.*embed_tokens"])
-def test_embeddings_are_refused_by_name(pattern: str, tiny: Callable[[str], Path]) -> None:
-    recipe = make_recipe({"scheme": "w4a16_g32", "rules": [{"match": pattern, "scheme": "w8a16_g32"}]})
-    with pytest.raises(quantkit.RecipeError, match=r"means the embedding model.embed_tokens, which stays as it is"):
-        make_plan(Checkpoint(tiny("llama")), recipe)
+def test_embeddings_are_meant_by_name(pattern: str, tiny: Callable[[str], Path]) -> None:
+    """And rounded to nearest only, for nothing measures them; the refusal says what to write."""
+    rule = {"match": pattern, "scheme": "w8a16_g32"}
+    source = Checkpoint(tiny("llama"))
+    with pytest.raises(quantkit.RecipeError, match=r"model.embed_tokens: method gptq measures .* add method: rtn"):
+        make_plan(source, make_recipe({"scheme": "w4a16_g32", "rules": [rule]}))
+    plan = make_plan(source, make_recipe({"scheme": "w4a16_g32", "rules": [{**rule, "method": "rtn"}]}))
+    assert "model.embed_tokens" in {layer.info.name for layer in plan.layers}
