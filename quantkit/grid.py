@@ -363,12 +363,13 @@ def quantize_through(x: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tens
 
 
 def scaled(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale·factor`` rounded to ``dtype``, which ships; differentiable.
+    """``scale·factor`` rounded to ``dtype``, which ships; differentiable. A scale keeps its sign, whatever the factor.
 
     Raises:
         SchemeError: a scale that ``dtype`` cannot hold.
     """
-    return _shippable(scale * factor, dtype)
+    size = _shippable(scale.abs() * factor, dtype)
+    return torch.where(scale < 0, -size, size)
 
 
 def range_qparams(low: Tensor, high: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

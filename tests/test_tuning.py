@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from layers import normal
 from torch import Tensor, nn
 
+import quantkit
 from quantkit.activations import Activations
 from quantkit.errors import CheckpointError, RecipeError
-from quantkit.grid import dequantize, quantize_groups
+from quantkit.grid import dequantize, quantize, quantize_groups
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 from quantkit.solvers import AutoRound
@@ -81,6 +82,12 @@ def moved(weight: TunedWeight, seed: int = 3) -> None:
             parameter.add_(normal(*parameter.shape, seed=seed) / 20)
 
 
+def quantize_with(w: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    columns = w.shape[1] // scale.shape[1]
+    wide = [values.repeat_interleave(columns, 1) for values in (scale.float(), zero_point.float())]
+    return QuantizedTensor(quantize(w, *wide, scheme).to(torch.uint8), scale, zero_point, scheme)
+
+
 def equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return a.digest() == b.digest()
 
@@ -120,6 +127,33 @@ def test_tuning_starts_at_the_solver(scheme: QuantScheme, original: bool) -> Non
     q = quantize_groups(w + normal(6, 32, seed=5) / 4, scheme, torch.bfloat16)
     start = ScaledCodes("a", q, scales=True, original=w if original else None)
     assert equal(start.quantized(), q)
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("dtype", SHIPPED, ids=str)
+def test_negative_scales(dtype: torch.dtype, original: bool) -> None:
+    """A symmetric search tries both signs: tuning starts at what it found, and moves each scale's size."""
+    w = normal(6, 32)
+    q = quantize_groups(w, QuantScheme(4, 8), dtype)
+    signs = torch.where(torch.arange(q.scale.numel()).view(q.scale.shape) % 2 == 0, 1, -1)
+    q = quantize_with(w, q.scale * signs, q.zero_point, q.scheme)
+    assert bool((q.scale < 0).any())
+    tuned = ScaledCodes("a", q, scales=True, original=w if original else None)
+    assert equal(tuned.quantized(), q)
+    moved(tuned)
+    found = tuned.quantized()
+    assert torch.equal(found.scale < 0, q.scale < 0)
+    assert not torch.equal(found.scale, q.scale)
+    assert torch.equal(tuned.weight().detach(), dequantize(found, torch.float32))
+
+
+def test_tuning_gains_after_a_search(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """GPTQ's default search chooses negative scales too, which tuning once lost: its start is the solver's error."""
+    recipe = {"scheme": "w4a16_g32", "method": "gptq", "tuning": {"name": "block", "epochs": 1}}
+    tokens = [torch.randint(300, (40,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    report = quantkit.quantize(tiny("llama"), tmp_path / "out", recipe=recipe, tokens=tokens).report
+    assert all(block["error_after"] <= block["error_before"] < 0.3 for block in report["tuned"])
+    assert all(layer["sqnr_db"] > 12 for layer in report["layers"])
 
 
 def test_reordered_groups() -> None:
