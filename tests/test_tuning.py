@@ -84,8 +84,8 @@ def moved(weight: TunedWeight, seed: int = 3) -> None:
 
 def quantize_with(w: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> QuantizedTensor:
     columns = w.shape[1] // scale.shape[1]
-    wide = [values.repeat_interleave(columns, 1) for values in (scale.float(), zero_point.float())]
-    return QuantizedTensor(quantize(w, *wide, scheme).to(torch.uint8), scale, zero_point, scheme)
+    wide, zeros = (values.repeat_interleave(columns, 1) for values in (scale.float(), zero_point.float()))
+    return QuantizedTensor(quantize(w, wide, zeros, scheme).to(torch.uint8), scale, zero_point, scheme)
 
 
 def equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
