@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from quantkit.embedding import why_not_embedding
 from quantkit.errors import RecipeError, message
 from quantkit.layer_plan import LayerPlan
 from quantkit.recipe import Recipe, Rule
-from quantkit.skeleton import Skeleton
+from quantkit.skeleton import Skeleton, embedding_modules
 from quantkit.solvers import RTN
 
 
@@ -50,7 +48,7 @@ def with_embeddings(
 
 def unmeant(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
     """Notes on embeddings that a rule matches and does not mean, because it matches linear layers too."""
-    names = _embeddings(skeleton)
+    names = embedding_modules(skeleton)
     meant = _naming(skeleton, recipe)
     for rule in recipe.rules:
         matched = [name for name in names if rule.matches(name)]
@@ -64,14 +62,14 @@ def unmeant(skeleton: Skeleton, recipe: Recipe) -> Iterator[str]:
 def named_embeddings(skeleton: Skeleton, rule: Rule) -> list[str]:
     """The embeddings that a rule means, whether or not they can be quantized."""
     means_linears = any(rule.matches(info.name) for info in skeleton.linears)
-    return [] if means_linears else [name for name in _embeddings(skeleton) if rule.matches(name)]
+    return [] if means_linears else [name for name in embedding_modules(skeleton) if rule.matches(name)]
 
 
 def _chosen(skeleton: Skeleton, recipe: Recipe) -> Iterator[LayerPlan]:
     """The embeddings for which the first rule that means them asks for more than to leave them."""
     infos = {info.name: info for info in skeleton.embeddings}
     naming = _naming(skeleton, recipe)
-    for name, module in _embeddings(skeleton).items():
+    for name, module in embedding_modules(skeleton).items():
         rule = next((rule for rule in naming if rule.matches(name)), None)
         if rule is None or rule.skip:
             continue
@@ -90,10 +88,6 @@ def _chosen(skeleton: Skeleton, recipe: Recipe) -> Iterator[LayerPlan]:
 
 def _naming(skeleton: Skeleton, recipe: Recipe) -> list[Rule]:
     return [rule for rule in recipe.rules if named_embeddings(skeleton, rule)]
-
-
-def _embeddings(skeleton: Skeleton) -> dict[str, nn.Embedding]:
-    return {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 def _ties(skeleton: Skeleton) -> dict[str, str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import nn
-
 from quantkit.scheme import QuantScheme
-from quantkit.skeleton import LinearInfo, Skeleton
+from quantkit.skeleton import LinearInfo, Skeleton, embedding_modules
 
 _EMBEDDING = "Embedding"
 _EXPERTS = r"re:.*\.experts\.\d+\..*"
@@ -24,18 +22,13 @@ def named_schemes(skeleton: Skeleton, layers: Iterable[tuple[LinearInfo, QuantSc
     """
     layers = list(layers)
     embedded = {info.name: scheme for info, scheme in layers if info.embedding}
-    everywhere = len(embedded) == count_embeddings(skeleton) and len(set(embedded.values())) == 1
+    everywhere = len(embedded) == len(embedding_modules(skeleton)) and len(set(embedded.values())) == 1
     by_class = {_EMBEDDING: next(iter(embedded.values()))} if everywhere else {}
     of_experts = {scheme for info, scheme in layers if info.expert is not None}
     if len({scheme for _, scheme in layers}) == 1 or len(of_experts) != 1:
         return {**by_class, **{name: scheme for info, scheme in layers for name in info.known_as}}
     named = {info.name: scheme for info, scheme in layers if info.expert is None}
     return {**by_class, _EXPERTS: of_experts.pop(), **named}
-
-
-def count_embeddings(skeleton: Skeleton) -> int:
-    """The embeddings of a model, whether or not they can be quantized."""
-    return sum(isinstance(module, nn.Embedding) for module in skeleton.model.modules())
 
 
 def names_left_out(skeleton: Skeleton, skipped: Sequence[str]) -> tuple[str, ...]:

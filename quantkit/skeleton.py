@@ -176,6 +176,11 @@ def open_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     )
 
 
+def embedding_modules(skeleton: Skeleton) -> dict[str, nn.Embedding]:
+    """The embeddings of a model by name, whether or not they can be quantized."""
+    return {name: module for name, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)}
+
+
 def check_complete(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """Every parameter of a dense model has its tensor on disk, of the same shape; tied ones may be absent.
 

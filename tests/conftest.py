@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from families import VOCAB, save_tiny
 from torch import Tensor
 
+import quantkit.transformers
 from quantkit.source import BUILTIN_PATH
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -37,6 +38,18 @@ def tokens() -> list[Tensor]:
     """Calibration samples for the tiny models, of unequal lengths."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in (40, 40, 24, 33, 40, 24)]
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """quantkit comes first, also where compressed-tensors is installed; other tests see the registry as it was."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
+    quantkit.transformers.register()
+    yield
+    AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
+    AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
 
 
 @pytest.fixture

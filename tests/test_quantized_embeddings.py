@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from families import FAMILIES, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import quantkit
 from quantkit.bench import weight_bytes
@@ -58,15 +57,6 @@ def loaded(path: Path, **options: Any) -> Any:
 
 def tensors(path: Path) -> dict[str, Tensor]:
     return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
-    quantkit.transformers.register()
-    yield
-    AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

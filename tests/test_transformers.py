@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,7 @@ from quantkit.transformers.packed import PackedLinear
 
 IDS = torch.arange(3, 43)[None] % VOCAB
 RTN = {"scheme": "w4a16_g32_asym", "method": "rtn"}
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """quantkit comes first, also where compressed-tensors is installed; other tests see the registry as it was."""
-    before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
-    quantkit.transformers.register()
-    yield
-    AUTO_QUANTIZATION_CONFIG_MAPPING.clear()
-    AUTO_QUANTIZATION_CONFIG_MAPPING.update(before)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(scope="module")

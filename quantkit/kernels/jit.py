@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.heap import HUGE_PAGE, ask_for_huge_pages
-from quantkit.kernels.jit_bytes_ir import MOST_COLUMNS, bytes_ir, scratch_of_bytes
+from quantkit.kernels.jit_bytes_ir import ACTIVATIONS, MOST_COLUMNS, bytes_ir, scratch_of_bytes
 from quantkit.kernels.jit_compile import addresses, function
 from quantkit.kernels.jit_ir import matvec_ir
 from quantkit.kernels.jit_targets import Target, chosen_target
@@ -61,7 +61,7 @@ def multiplies_bytes(rows: int, dtype: torch.dtype, bits: int, group: int) -> bo
     dots = target_here().dots
     if dots is None or rows > dots.tokens or bits > dots.bits:
         return False
-    return dtype in (torch.bfloat16, torch.float16) and group <= MOST_COLUMNS
+    return TYPES[dtype] in ACTIVATIONS and group <= MOST_COLUMNS
 
 
 def product(x: Tensor, words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, out_features: int) -> Tensor:

@@ -151,9 +151,8 @@ class _Writer(Lines):
 
     def _owed(self, at: str, scale: str) -> str:
         """(c - z) times scale, by which the sum of x is multiplied; c is what the tables subtracted."""
-        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-        number = self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
-        shift = self.let(f"fsub <16 x float> splat (float {float(center(self.kind.bits))}), {number}")
+        middle = f"splat (float {float(center(self.kind.bits))})"
+        shift = self.let(f"fsub <16 x float> {middle}, {self.zero_points(at)}")
         return self.let(f"fmul <16 x float> {shift}, {scale}")
 
     def _stored(self, totals: str) -> None:

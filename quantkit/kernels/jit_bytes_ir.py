@@ -259,10 +259,7 @@ class _Writer(Lines):
         """float32 of a group: the weight's scales, and its zero points, if it has some."""
         size = 16 * SIZES[self.kind.scale]
         scale = self.widened(self.address("%scales", at, size), self.kind.scale, 16, size)
-        if self.kind.symmetric:
-            return scale, None
-        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-        return scale, self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
+        return scale, None if self.kind.symmetric else self.zero_points(at)
 
     def _scaled(self, kept: str, sums: list[str], scale: str, zeros: str | None, total: str) -> None:
         """The end of a group: a row's product, times its scales, is added to the total."""
@@ -271,11 +268,7 @@ class _Writer(Lines):
             number = self.let(f"sitofp <16 x i32> {whole} to <16 x float>")
             found = number if found is None else self.fma(found, "splat (float 256.0)", number)
         assert found is not None
-        taken = self._everywhere(kept, 4)
+        taken = self.everywhere(kept, 4)
         found = self.let(f"fadd <16 x float> {found}, {taken}") if zeros is None else self.fma(zeros, taken, found)
-        scale = self.let(f"fmul <16 x float> {scale}, {self._everywhere(kept, 0)}")
+        scale = self.let(f"fmul <16 x float> {scale}, {self.everywhere(kept, 0)}")
         self.fma(found, scale, total, name=f"{total}.next")
-
-    def _everywhere(self, base: str, offset: int) -> str:
-        """A float32 from memory in all lanes."""
-        return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)

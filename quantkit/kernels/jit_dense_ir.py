@@ -68,8 +68,7 @@ class _Writer(Lines):
     def _zero_points(self, at: str) -> str:
         if self.kind.symmetric:
             return f"splat (float {float(center(self.kind.bits))})"
-        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-        return self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
+        return self.zero_points(at)
 
     def _less(self, number: str, zero_point: str) -> str:
         return self.let(f"fsub <16 x float> {number}, {zero_point}")

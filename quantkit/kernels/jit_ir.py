@@ -146,9 +146,8 @@ class _Writer(Lines):
 
     def _zero_points(self, at: str) -> str:
         """float32: the group's zero points minus the constant of the tables."""
-        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-        number = self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
-        return self.let(f"fsub <16 x float> {number}, splat (float {float(center(self.kind.bits))})")
+        middle = f"splat (float {float(center(self.kind.bits))})"
+        return self.let(f"fsub <16 x float> {self.zero_points(at)}, {middle}")
 
     def _stored(self, totals: list[str]) -> None:
         for token, total in enumerate(totals):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -55,7 +55,7 @@ _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _AVX2 = ("avx2", "fma3", "f16c")
 # With four rows of x a unit has 24 products and 3 other instructions: matrix instructions are as fast from there on.
-_VNNI = FusedDots(rows=16, tokens=4)
+_VNNI, _VNNI_NARROW = FusedDots(rows=16, tokens=4), FusedDots(rows=8, tokens=1)
 _X86, _ARM = "x86_64", "aarch64"
 # Where many rows begin: measured with 4096 x 4096 on one core of a Xeon with AMX, as it is and without what a lesser
 # target lacks. Kernels / dense blocks of W4 g64, ms of CPU time: avx512_bf16 27/31 at 64 rows, 51/51 at 128 (W8 46/32,
@@ -63,27 +63,15 @@ _X86, _ARM = "x86_64", "aarch64"
 # the kernels of avx2 take 0.6 of the time of torch's dense float32 product at 128 rows: blocks would gain nothing.
 _AMX = ("amx_tile", "amx_bf16")
 _PAIRS = (*_AVX512, "avx512_vnni", "avx512_bf16")
+_WIDE = Target("avx512", _AVX512, _X86, "", 12, 4, None, False, False, None, 192, _ALL, "skylake-avx512")
+_NARROW = Target("avx2", _AVX2, _X86, "-avx512f", 4, 2, PairedDots(), False, False, None, None, _ALL, "znver3")
 TARGETS = (
     Target("amx", (*_PAIRS, *_AMX), _X86, "", 12, 4, _VNNI, True, True, 24, 192, _ALL, "sapphirerapids"),
     Target("avx512_bf16", _PAIRS, _X86, "", 12, 4, _VNNI, True, False, 96, 192, _ALL, "znver4"),
-    Target("avx512_vnni", _PAIRS[:-1], _X86, "", 12, 4, _VNNI, False, False, None, 192, _ALL, "icelake-server"),
-    Target("avx512", _AVX512, _X86, "", 12, 4, None, False, False, None, 192, _ALL, "skylake-avx512"),
-    Target(
-        "avx_vnni",
-        (*_AVX2, "avx_vnni"),
-        _X86,
-        "-avx512f",
-        4,
-        2,
-        FusedDots(rows=8, tokens=1),
-        False,
-        False,
-        None,
-        None,
-        _ALL,
-        "alderlake",
-    ),
-    Target("avx2", _AVX2, _X86, "-avx512f", 4, 2, PairedDots(), False, False, None, None, _ALL, "znver3"),
+    replace(_WIDE, name="avx512_vnni", needs=_PAIRS[:-1], dots=_VNNI, example="icelake-server"),
+    _WIDE,
+    replace(_NARROW, name="avx_vnni", needs=(*_AVX2, "avx_vnni"), dots=_VNNI_NARROW, example="alderlake"),
+    _NARROW,
     Target("neon", (), _ARM, "", 4, 2, None, False, False, None, None, (), "neoverse-n1"),
 )
 """Every target, the fastest first."""

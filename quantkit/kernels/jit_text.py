@@ -72,6 +72,15 @@ class Lines:
             f"shufflevector <{lanes} x {kind}> {first}, <{lanes} x {kind}> poison, <{lanes} x i32> zeroinitializer"
         )
 
+    def everywhere(self, base: str, offset: int) -> str:
+        """A float32 from memory in all of 16 lanes."""
+        return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)
+
+    def zero_points(self, at: str) -> str:
+        """float32: those of a panel's 16 rows, for the group of this number."""
+        stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
+        return self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
+
     def sums(self, names: list[str], before: str, last: str, lanes: int = 16) -> None:
         """Sums that are 0 when block ``before`` enters this loop, and ``NAME.next`` after its block ``last``."""
         self.lines += [

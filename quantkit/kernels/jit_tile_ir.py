@@ -109,19 +109,12 @@ class _Writer(Lines):
 
     def _starts(self, sums: str, at: str) -> list[str]:
         """Of each token, what the block's sum starts at: the offsets of its codes, taken back."""
-        zeros = None
-        if not self.kind.symmetric:
-            stored = self.let(f"load <16 x i8>, ptr {self.address('%zeros', at, 16)}, align 16")
-            zeros = self.let(f"uitofp <16 x i8> {stored} to <16 x float>")
+        zeros = None if self.kind.symmetric else self.zero_points(at)
         found = []
         for token in range(self.tokens):
-            start = self._everywhere(sums, 8 * token)
-            found.append(start if zeros is None else self.fma(zeros, self._everywhere(sums, 8 * token + 4), start))
+            start = self.everywhere(sums, 8 * token)
+            found.append(start if zeros is None else self.fma(zeros, self.everywhere(sums, 8 * token + 4), start))
         return found
-
-    def _everywhere(self, base: str, offset: int) -> str:
-        """A float32 from memory in all lanes."""
-        return self.splat(self.let(f"load float, ptr {self.after(base, offset)}, align 4"), "float", 16)
 
     def _units(self, words: str, x: str, starts: list[str]) -> None:
         """The products of the next units."""
@@ -137,7 +130,7 @@ class _Writer(Lines):
             self.prefetch(here, _AHEAD)
             for column, number in self.codes.numbers(self, here):
                 for token, own in enumerate(sums):
-                    value = self._everywhere(x, 4 * ((unit * columns + column) * self.tokens + token))
+                    value = self.everywhere(x, 4 * ((unit * columns + column) * self.tokens + token))
                     own[turn % len(own)] = self.fma(number, value, own[turn % len(own)])
                 turn += 1
         for chain, finals in zip(self.chains, sums, strict=True):
