@@ -9,7 +9,7 @@ import torch
 from families import save_tiny
 from layers import normal
 from safetensors.torch import load_file
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from quantkit import precision
 from quantkit.precision import PRODUCTS_IN_FLOAT32, forward_products, has_bfloat16_products
@@ -41,11 +41,78 @@ def test_sums_are_in_float32_and_rounded_once(bias: bool) -> None:
     assert float((outside != found).float().mean()) < (0.02 if has_bfloat16_products() else 1)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.usefixtures("without_instructions")
-def test_gradients_are_torchs_own() -> None:
+def test_gradients_are_summed_in_float32_and_rounded_once(bias: bool) -> None:
+    x, weight, added = normal(66, 96), normal(40, 96, seed=1), normal(1, 40, seed=2)[0]
+    upstream = normal(66, 40, seed=3).to(BF16)
+    arguments = [tensor.to(BF16) for tensor in (x.view(2, 33, 96), weight, added)[: 2 + bias]]
+    narrow = [tensor.clone().requires_grad_() for tensor in arguments]
+    exact = [tensor.double().requires_grad_() for tensor in arguments]
+    with forward_products():
+        linear(*narrow).backward(upstream.view(2, 33, 40))
+    linear(*exact).backward(upstream.view(2, 33, 40).double())
+    for found, wide in zip(narrow, exact, strict=True):
+        assert found.grad is not None
+        assert wide.grad is not None
+        assert (found.grad.dtype, found.grad.shape) == (BF16, found.shape)
+        assert float((found.grad != wide.grad.to(BF16)).float().mean()) < 0.01
+
+
+@pytest.mark.usefixtures("without_instructions")
+def test_only_the_gradients_that_are_asked_for() -> None:
     weight = normal(8, 16).to(BF16).requires_grad_()
     with forward_products():
-        assert linear(normal(2, 16).to(BF16), weight).grad_fn is not None
+        linear(normal(2, 16).to(BF16), weight).sum().backward()
+    assert weight.grad is not None
+    x = normal(2, 16).to(BF16).requires_grad_()
+    with forward_products():
+        linear(x, weight.detach()).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("mask", ["causal", "added", "chosen"])
+@pytest.mark.usefixtures("without_instructions")
+def test_attention_with_gradients_is_in_float32(mask: str) -> None:
+    shape = (1, 4, 24, 16)
+    narrow = [normal(4 * 24, 16, seed=i).view(shape).to(BF16).requires_grad_() for i in range(3)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in narrow]
+    seen = torch.ones(24, 24, dtype=torch.bool).tril()
+    added = torch.zeros(24, 24, dtype=BF16).masked_fill(~seen, -torch.inf)
+    given = {"causal": None, "added": added, "chosen": seen}[mask]
+    q, k, v = narrow
+    with forward_products():
+        found = scaled_dot_product_attention(q, k, v, given, is_causal=given is None)
+    q, k, v = exact
+    wide = scaled_dot_product_attention(q, k, v, seen)
+    assert found.dtype == BF16
+    assert float((found != wide.to(BF16)).float().mean()) < 0.02
+    found.sum().backward()
+    wide.sum().backward()
+    for small, large in zip(narrow, exact, strict=True):
+        assert small.grad is not None
+        assert large.grad is not None
+        assert torch.allclose(small.grad.double(), large.grad, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["autoround", "tuning"])
+@pytest.mark.usefixtures("without_instructions")
+def test_tuning_learns_by_them(method: str, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", dtype=BF16)
+    tokens = torch.randint(100, (8, 32), generator=torch.Generator().manual_seed(0))
+    recipe: dict[str, object] = {"scheme": "w3a16_g32"}
+    recipe |= (
+        {"method": {"name": "autoround", "iterations": 12}}
+        if method == "autoround"
+        else {
+            "method": "rtn",
+            "tuning": {"name": "block"},
+        }
+    )
+    result = quantize(model, tmp_path / "out", recipe=recipe, tokens=list(tokens), device="cpu")
+    tuned = result.report["tuned"]
+    assert tuned
+    assert all(block["error_after"] < block["error_before"] for block in tuned)
 
 
 @pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU has no products of bfloat16 to compare with")

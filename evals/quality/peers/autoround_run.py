@@ -36,9 +36,11 @@ def main() -> None:
     args = parser.parse_args()
 
     from auto_round import AutoRound
+    from products import multiply_in_float32_where_needed
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    multiply_in_float32_where_needed()
     tokens = load_file(args.tokens)["tokens"]
     options: dict[str, Any] = {
         "default": {},
