@@ -17,6 +17,9 @@ Memory is read once, from start to end, with prefetches ahead. A unit takes half
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from quantkit.kernels.jit_dots_ir import Dots
 from quantkit.kernels.jit_text import NAME, PREFETCH, SIZES, Kind, Lines, center
 from quantkit.kernels.jit_tile_ir import NUMBERS, POINTERS
@@ -68,7 +71,9 @@ class _Writer(Lines):
         self.turns = 2 if tokens == 1 < dots.tokens else 1
         self.unit = unit_columns(kind.bits)
         self.lanes = next(n for n in (16, 8, 4) if kind.group % n == 0)
+        self.parts = PANEL // dots.rows
         self.chunks = kind.group // self.lanes
+        self.columns = next(n for n in (dots.columns, self.lanes) if kind.group % n == 0)
 
     def declarations(self) -> str:
         """Of functions that depend on the number of lanes."""
@@ -164,14 +169,7 @@ class _Writer(Lines):
         digits = [
             self.address(self.address(own, "%groups", _GROUP_BYTES), "%g", self.kind.group * _DIGITS) for own in kept
         ]
-        before, found = "group", []
-        for part in range(PANEL // self.dots.rows):
-            found.append(self._part(part, before, words, digits))
-            before = f"chunks.{part}"
-        sums = [
-            [self._joined(list(parts)) for parts in zip(*of_token, strict=True)]
-            for of_token in zip(*found, strict=True)
-        ]
+        sums = self._sums(words, digits)
         self.lines += ["  br label %scale", "scale:"]
         scale, zeros = self._group(at)
         for own, of_token, total in zip(kept, sums, totals, strict=True):
@@ -189,53 +187,60 @@ class _Writer(Lines):
         """Where each row's part begins, so many bytes behind the one before."""
         return [base, *(self.address(base, nbytes, token) for token in range(1, self.tokens))]
 
-    def _part(self, part: int, before: str, words: str, digits: list[str]) -> list[list[str]]:
-        """Sums over a group for a part of the panel's rows, for each row of x and digit.
+    def _sums(self, words: str, digits: list[str]) -> list[list[str]]:
+        """<16 x i32>: sums over a group, for each row of x and digit.
 
-        A loop that follows the block ``before``; behind it the block ``chunks.PART`` is open.
+        A loop that follows the block ``group``; behind it the block ``chunks`` is open.
         """
-        index, label, rows = f"%c.{part}", f"chunk.{part}", self.dots.rows
-        self.loop(label, index, before, label)
-        sums = [
-            [[f"%sum.{part}.{token}.{digit}.{turn}" for turn in range(self.turns)] for digit in range(_DIGITS)]
+        kind = f"<{self.dots.rows} x i32>"
+        self.loop("chunk", "%c", "group", "chunk")
+        self.lines += [
+            f"  {name} = phi {kind} [ zeroinitializer, %group ], [ {name}.next, %chunk ]" for name in self._all_sums()
+        ]
+        here = self.address(words, "%c", self.columns // self.unit * 64)
+        self._chunk(here, [self.address(own, "%c", _DIGITS * self.columns) for own in digits])
+        self.again("chunk", "%c", str(self.kind.group // self.columns), "chunks")
+        return [
+            [self._joined([self._added(token, digit, part) for part in range(self.parts)]) for digit in range(_DIGITS)]
             for token in range(self.tokens)
         ]
-        self.lines += [
-            f"  {name} = phi <{rows} x i32> [ zeroinitializer, %{before} ], [ {name}.next, %{label} ]"
-            for of_token in sums
-            for turns in of_token
-            for name in turns
-        ]
-        here = self.after(self.address(words, index, self.lanes // self.unit * 64), part * 4 * rows)
-        self._chunk(here, [self.address(own, index, _DIGITS * self.lanes) for own in digits], sums, first=part == 0)
-        self.again(label, index, str(self.chunks), f"chunks.{part}")
-        return [[self._added(turns) for turns in of_token] for of_token in sums]
 
-    def _chunk(self, words: str, digits: list[str], sums: list[list[list[str]]], first: bool) -> None:
+    def _all_sums(self) -> list[str]:
+        """Names of what the loop over chunks adds up."""
+        kinds = (range(self.tokens), range(_DIGITS), range(self.parts), range(self.turns))
+        return [_sum_of(*one) for one in itertools.product(*kinds)]
+
+    def _chunk(self, words: str, digits: list[str]) -> None:
         """The products of a chunk's units; where a digit has several sums, codes take turns at them."""
         running: dict[str, str] = {}
-        place = 0
-        for unit in range(self.lanes // self.unit):
+        for unit in range(self.columns // self.unit):
             here = self.after(words, 64 * unit)
-            if first:
-                self.prefetch(here, _AHEAD)
-            for codes in self._codes(here):
-                for of_token, own in zip(sums, digits, strict=True):
-                    for digit, turns in enumerate(of_token):
-                        total = turns[place % self.turns]
-                        four = self.let(f"load i32, ptr {self.after(own, digit * self.lanes + 4 * place)}, align 1")
-                        running[total] = self.dots.added(self, running.get(total), total, codes, four)
-                place += 1
+            self.prefetch(here, _AHEAD)
+            parts = [self._codes(self.after(here, 4 * self.dots.rows * part)) for part in range(self.parts)]
+            for nibble, codes in enumerate(zip(*parts, strict=True)):
+                place = len(parts[0]) * unit + nibble
+                for token, own in enumerate(digits):
+                    self._products(codes, own, place, token, running)
         kind = f"<{self.dots.rows} x i32>"
-        for total in (name for of_token in sums for turns in of_token for name in turns):
+        for total in self._all_sums():
             ended = self.dots.ended(self, running[total], total) if total in running else total
             self.lines.append(f"  {total}.next = bitcast {kind} {ended} to {kind}")
 
-    def _added(self, turns: list[str]) -> str:
-        """All sums of a digit, after a loop, as one."""
-        whole = f"{turns[0]}.next"
-        for other in turns[1:]:
-            whole = self.let(f"add <{self.dots.rows} x i32> {whole}, {other}.next")
+    def _products(self, codes: Sequence[str], digits: str, place: int, token: int, running: dict[str, str]) -> None:
+        """Four columns' codes of all parts by each digit of a row of x, added to the running sums."""
+        lanes, byte = divmod(4 * place, self.lanes)
+        for digit in range(_DIGITS):
+            at = self.after(digits, (_DIGITS * lanes + digit) * self.lanes + byte)
+            four = self.let(f"load i32, ptr {at}, align 1")
+            for part, own in enumerate(codes):
+                total = _sum_of(token, digit, part, place % self.turns)
+                running[total] = self.dots.added(self, running.get(total), total, own, four)
+
+    def _added(self, token: int, digit: int, part: int) -> str:
+        """All sums of a digit, after the loop, as one."""
+        whole, *others = (f"{_sum_of(token, digit, part, turn)}.next" for turn in range(self.turns))
+        for other in others:
+            whole = self.let(f"add <{self.dots.rows} x i32> {whole}, {other}")
         return whole
 
     def _joined(self, parts: list[str]) -> str:
@@ -272,3 +277,7 @@ class _Writer(Lines):
         found = self.let(f"fadd <16 x float> {found}, {taken}") if zeros is None else self.fma(zeros, taken, found)
         scale = self.let(f"fmul <16 x float> {scale}, {self.everywhere(kept, 0)}")
         self.fma(found, scale, total, name=f"{total}.next")
+
+
+def _sum_of(token: int, digit: int, part: int, turn: int) -> str:
+    return f"%sum.{token}.{digit}.{part}.{turn}"

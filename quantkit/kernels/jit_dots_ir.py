@@ -27,6 +27,10 @@ class Dots(Protocol):
         """Of the largest codes that it takes."""
 
     @property
+    def columns(self) -> int:
+        """That a loop takes at once, where a group has as many; at most 32."""
+
+    @property
     def declarations(self) -> str:
         """Of what the lines call."""
 
@@ -52,6 +56,7 @@ class FusedDots:
     rows: int
     tokens: int
     bits: int = 8
+    columns: int = 16
 
     @property
     def declarations(self) -> str:
@@ -80,6 +85,7 @@ class PairedDots:
     rows: int = 8
     tokens: int = 1
     bits: int = 4
+    columns: int = 32
 
     @property
     def declarations(self) -> str:

@@ -150,7 +150,11 @@ def test_the_longest_group() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.dots], ids=lambda target: target.name)
 def test_machine_code(target: Target, bits: int) -> None:
-    """The main loops: three products for each four codes of a row, masks for nibbles, sums that stay in registers."""
+    """The main loop: three products for each four codes of a row, masks for nibbles, sums that stay in registers.
+
+    But for AVX2, whose 16 registers do not hold two kinds of sums for both halves of a panel: those of 32 bits wait on
+    the stack while those of 16 are made, once for each 48 products. Two loops that need no stack are 11 % slower.
+    """
     assert target.dots is not None
     if bits > target.dots.bits:
         pytest.skip("its sums of 16 bits do not hold such codes")
@@ -158,13 +162,11 @@ def test_machine_code(target: Target, bits: int) -> None:
     for tokens in (1, target.dots.tokens):
         text = assembly(bytes_ir(Kind(bits, 64, True, "bfloat"), "bfloat", tokens, target.dots), target)
         body = text[text.index("kernel:") :]
-        registers = (2 if bits == 4 else 4) * 16 // target.dots.rows  # of a chunk's units
+        chunks = target.dots.columns // 16
+        registers = chunks * (2 if bits == 4 else 4) * 16 // target.dots.rows  # of a chunk's units
         assert len(re.findall(rf"\b{name}\b", body)) == tokens * registers * (6 if bits == 4 else 3)
         assert len(re.findall(r"vpsrl[wd]\s+\$4,", body)) == (registers if bits == 4 else 0)
         loops = [block for block in re.split(r"^\.LBB\w+:", body, flags=re.MULTILINE) if name in block]
-        assert len(loops) == 16 // target.dots.rows
-        assert not [
-            block
-            for block in loops
-            if re.search(r"vmov\w+\s+%[xyz]mm\d+, -?\d*\(%rsp", re.split(r"\tj\w+\t", block)[0])
-        ]
+        assert len(loops) == 1
+        stores = re.findall(r"vmov\w+\s+%[xyz]mm\d+, -?\d*\(%rsp", re.split(r"\tj\w+\t", loops[0])[0])
+        assert len(stores) <= (8 if isinstance(target.dots, PairedDots) else 0)
