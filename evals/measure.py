@@ -108,10 +108,10 @@ def shown(command: Sequence[str]) -> str:
 
 def surroundings() -> dict[str, Any]:
     """Date, machine and versions."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": _of_cpu("model name") or platform.machine(),
+        "instructions": _widest(_of_cpu("flags").split()),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
         "load_average_at_start": os.getloadavg()[0],
@@ -124,10 +124,26 @@ def surroundings() -> dict[str, Any]:
 def about(where: dict[str, Any]) -> str:
     """Surroundings in one sentence."""
     return (
-        f"Measured on {where['date']} on {where['cores']} cores of {where['cpu']}, OMP_NUM_THREADS={where['threads']}, "
+        f"Measured on {where['date']} on {where['cores']} cores of {processor(where)}, "
+        f"OMP_NUM_THREADS={where['threads']}, "
         f"load average {where['load_average_at_start']:.1f} at the start; torch {where['torch']}, "
         f"transformers {where['transformers']}, quantkit {where['quantkit']}."
     )
+
+
+def processor(where: dict[str, Any]) -> str:
+    """The processor of some surroundings, which may be called alike for years, and the instructions that it has."""
+    return ", ".join(filter(None, (where["cpu"], where.get("instructions"))))
+
+
+def _of_cpu(key: str) -> str:
+    """What Linux says of the first core; nothing where it does not."""
+    return next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.split(":")[0].strip() == key), "")
+
+
+def _widest(flags: Sequence[str]) -> str:
+    """Of the vector instructions that /proc/cpuinfo names."""
+    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
 
 
 def _cpuinfo() -> list[str]:

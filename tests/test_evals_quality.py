@@ -152,6 +152,8 @@ def test_cpu_times_of_another_processor_are_marked() -> None:
     lines = render({"models": {"m": {"runs": runs}}}).splitlines()
     assert [line.split("|")[-3].strip() for line in lines if line.startswith("| W4")] == ["7 s", "7 s", "7 s\\*"]
     assert lines[-1].endswith("only: old, and with \\* new.")
+    runs["w4_sym/quantkit/c"]["surroundings"] = {"cpu": "old", "instructions": "AVX2"}
+    assert machine_marks(runs.values()) == {"old": "", "old, AVX2": "\\*"}
 
 
 def test_pairs_are_scored_as_perplexity_scores_them(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import QUANTKIT, measure, measure_success, shown, surroundings
+from measure import QUANTKIT, measure, measure_success, processor, shown, surroundings
 from safetensors.torch import save_file
 from smollm2.study import halves
 from table import markdown, replace_results
@@ -345,7 +345,7 @@ def _render_model(name: str, entry: dict[str, Any]) -> str:
 
 def machine_marks(runs: Iterable[dict[str, Any]]) -> dict[str, str]:
     """Of each processor, the mark that its CPU times get: none for the one of most runs, then one star, two, ..."""
-    counts = Counter(run["surroundings"]["cpu"] for run in runs)
+    counts = Counter(processor(run["surroundings"]) for run in runs)
     return {machine: "\\*" * index for index, (machine, _) in enumerate(counts.most_common())}
 
 
@@ -356,7 +356,7 @@ def _order(key: str, run: dict[str, Any]) -> tuple[int, float]:
 def _row(key: str, run: dict[str, Any], marks: dict[str, str]) -> list[str]:
     scheme, program, *recipe = key.split("/")
     label = f"{SCHEMES[scheme]}, {PEERS.get(program, program)} {' '.join(recipe)}"
-    mark = marks[run["surroundings"]["cpu"]]
+    mark = marks[processor(run["surroundings"])]
     cost = [f"{run['cpu_seconds']:.0f} s{mark}", f"{run['peak_bytes'] / MB:.0f} MB"]
     if "failed" in run:
         return [label, "failed", "", "", "", *cost]

@@ -6,8 +6,8 @@
     python -m speed.study gpu
 
 Contestants take turns, in another order each round, so that what else the machine does meets all of them alike, and are
-compared by medians of one run. Writes results.json and the results in README.md; one linear layer on a CPU has results
-for each kind of instructions, of which a run replaces its own.
+compared by medians of one run. Writes results.json and the results in README.md; on CPUs there are results for each
+kind of instructions, of which a run replaces its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         results["gpu"] = gpu.study(args.rounds)
     else:
         found = decode.study(decode.Setting(args.models, args.llama_cpp, tuple(args.only)), args.rounds)
-        results["decode"][args.name] = found
+        results["decode"].setdefault(args.name, {})[linear.instructions()] = found
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     replace_results(README, render(results))
 
@@ -67,8 +67,10 @@ def render(results: dict[str, Any]) -> str:
     text = "## One linear layer on the CPU\n"
     for instructions, found in results["linear"].items():
         text += f"\n### {found['where']['cpu']}, {instructions}\n\n" + linear.render(found)
-    for name, found in results["decode"].items():
-        text += f"\n## {name} decodes on the CPU\n\n" + decode.render(found)
+    for name, of_model in results["decode"].items():
+        text += f"\n## {name} decodes on the CPU\n"
+        for instructions, found in of_model.items():
+            text += f"\n### {found['where']['cpu']}, {instructions}\n\n" + decode.render(found)
     gpus = results.get("gpu")
     told = (
         "Not run yet: the machines that this repository was made on have no GPU.\n"
