@@ -282,14 +282,15 @@ class TestQuantizedActivations:
     def test_groups_are_simulated_and_say_so(self) -> None:
         assert "backend=simulated" in repr(QuantLinear.from_linear(dense(96, 24), "w8a8_g32"))
 
+    @pytest.mark.parametrize("columns", [33, 36])
     @pytest.mark.parametrize("static", [True, False])
-    def test_state_dict_pickle_and_copy(self, static: bool) -> None:
-        """oneDNN's packed weight has no storage to copy, so the portable form is what travels."""
-        q = random_weight(QuantScheme(8, None, act_bits=8, act_static=static), 24, 33)
+    def test_state_dict_pickle_and_copy(self, static: bool, columns: int) -> None:
+        """oneDNN's packed weight has no storage to copy, others hold addresses: the portable form is what travels."""
+        q = random_weight(QuantScheme(8, None, act_bits=8, act_static=static), 24, columns)
         layer = QuantLinear(q, normal(24), dtype=torch.float32)
         state = layer.state_dict()
         assert ("act_scale" in state) == static
-        x = normal(4, 33)
+        x = normal(4, columns)
         other = QuantLinear(replace(q, codes=q.codes.flip(0)), torch.zeros(24), dtype=torch.float32)
         other.load_state_dict(state)
         file = io.BytesIO()

@@ -1,9 +1,14 @@
-"""The product of a token's 8-bit codes and a weight's on a CPU, with exact sums on every processor.
+"""The product of a token's 8-bit codes and a weight's on a CPU, with the sums that integers have on every processor.
 
 oneDNN's product of unsigned and signed bytes is fast, and exact on processors with VNNI. On others it adds pairs of
-products in 16 bits, which overflow. It is tried on the largest codes at the first use, and where it fails the weight
-stays plain bytes, multiplied by ``torch._int_mm`` for a few rows and in blocks of float32 for more. A float32 holds
-whole numbers up to 2^24 exactly, so blocks have 1023 columns (128 * 128 * 1023 < 2^24) and are added in int32.
+products in 16 bits, which overflow. It is tried on the largest codes at the first use, and where it fails the codes are
+multiplied in float32, which holds whole numbers up to 2^24 exactly:
+
+- in panels, by the just-in-time kernels that decode them as they multiply (:mod:`quantkit.kernels.jit_backend`);
+- without those kernels, or where the columns do not fall into parts of at most 1024 and a multiple of 4, the weight
+  stays plain bytes, multiplied by ``torch._int_mm`` for a few rows and in blocks for more.
+
+Parts and blocks have at most 1024 columns (128 * 128 * 1024 = 2^24) and are added in int32.
 """
 
 from __future__ import annotations
@@ -15,21 +20,27 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from quantkit.kernels.base import row_blocks
+from quantkit.kernels.base import LinearSpec, row_blocks
+from quantkit.kernels.jit import aligned
+from quantkit.kernels.jit_backend import JitBackend
+from quantkit.kernels.jit_step import layer_call
+from quantkit.kernels.panels import pack_codes, pack_groups, unit_columns, unpack_codes
+from quantkit.scheme import QuantScheme
 
 MOST_COLUMNS = (1 << 17) - 1  # 128 * 128 * columns stays below 2**31
 _OFFSET = 128  # from signed codes to the unsigned ones that oneDNN multiplies fast
-_EXACT_COLUMNS = 1023
+_EXACT_COLUMNS = 1024
 # Up to so many rows torch._int_mm is faster than blocks; ms of CPU time for 4096 x 4096 on one core of an AMD Zen 3:
-# 17/70 for one row, 67/107 for four, 282/121 for sixteen.
+# 17/70 for one row, 67/107 for four, 282/121 for sixteen. In panels 1.1, 2.2 and 7.8.
 _FEW_ROWS = 4
-
-
-_ONEDNN, _BYTES = "weight_onednn", "weight_packed"
+_BITS = 8
+_FEWEST_COLUMNS = 256  # of a part of several: each is a call
+_PANELS = JitBackend()
+_ONEDNN, _BYTES, _WORDS = "weight_onednn", "weight_packed", "words"
 
 
 def pack_bytes(signed: Tensor) -> dict[str, Tensor]:
-    """A weight's codes as :func:`byte_product` reads them on this machine, under a name that says which way.
+    """A weight's codes as :func:`byte_product` reads them on this machine, under names that say which way.
 
     A compiled graph cannot ask the tensor: while it is traced, oneDNN's layout looks like any other.
 
@@ -38,14 +49,26 @@ def pack_bytes(signed: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``weight_onednn``, oneDNN's layout, which serves any number of rows of x (a tensor without storage); or
+        ``words`` int16 [parts, panels, units, 16, 2], ``panel_scale`` float32 [panels, 1, 16], all 1, and where torch
+        takes it ``call`` int64 [parts, 9] (see :class:`quantkit.kernels.jit_backend.JitBackend`); or
         ``weight_packed``, the codes as they are.
     """
-    return {_ONEDNN: _onednn_pack(signed)} if onednn_is_exact() else {_BYTES: signed}
+    if onednn_is_exact():
+        return {_ONEDNN: _onednn_pack(signed)}
+    size = _part_columns(signed.shape[1])
+    if size and _PANELS.why_not(_in_panels(signed.shape[0], size)) is None:
+        return _pack_panels(signed, size)
+    return {_BYTES: signed}
 
 
-def unpack_bytes(packed: Mapping[str, Tensor]) -> Tensor:
+def unpack_bytes(packed: Mapping[str, Tensor], out_features: int) -> Tensor:
     """The inverse of :func:`pack_bytes`: int8 [out, in]."""
-    return packed[_ONEDNN].to_dense().T.contiguous() if _ONEDNN in packed else packed[_BYTES]
+    if _ONEDNN in packed:
+        return packed[_ONEDNN].to_dense().T.contiguous()
+    if _BYTES in packed:
+        return packed[_BYTES]
+    codes = [unpack_codes(words, _BITS, out_features) for words in packed[_WORDS]]
+    return (torch.cat(codes, 1) - _OFFSET).view(torch.int8)
 
 
 def byte_product(codes: Tensor, packed: Mapping[str, Tensor], scale: Tensor) -> Tensor:
@@ -61,11 +84,47 @@ def byte_product(codes: Tensor, packed: Mapping[str, Tensor], scale: Tensor) -> 
     """
     if _ONEDNN in packed:
         return _onednn_product(codes, packed[_ONEDNN], scale)
+    if _WORDS in packed:
+        return _panels_product(codes, packed, scale.shape[0]) * scale
     signed = packed[_BYTES]
     # A single column's strides do not tell a transposed weight from a plain one, and oneDNN's _int_mm takes the wrong.
     if codes.shape[0] <= _FEW_ROWS and signed.shape[1] > 1:
         return torch._int_mm(codes.to(torch.int8), signed.T) * scale
     return _blocks_product(codes, signed) * scale
+
+
+def _part_columns(columns: int) -> int:
+    """Of each of the fewest equal parts that the kernels take and float32 sums are exact for; 0: there are none."""
+    unit = unit_columns(_BITS)
+    sizes = range(min(columns, _EXACT_COLUMNS) // unit * unit, _FEWEST_COLUMNS - 1, -unit)
+    return next((size for size in sizes if columns % size == 0), columns if columns < _FEWEST_COLUMNS else 0)
+
+
+def _in_panels(out_features: int, columns: int) -> LinearSpec:
+    """The layer that a part is, with scales of 1."""
+    return LinearSpec(columns, out_features, QuantScheme(_BITS, None), torch.float32, "cpu")
+
+
+def _pack_panels(signed: Tensor, size: int) -> dict[str, Tensor]:
+    codes = signed.view(torch.uint8) + _OFFSET
+    words = aligned(torch.stack([pack_codes(part.contiguous(), _BITS) for part in codes.split(size, 1)]))
+    ones = aligned(pack_groups(torch.ones(signed.shape[0], 1)))
+    calls = [layer_call(part, ones, None, _BITS, torch.float32) for part in words]
+    packed = {_WORDS: words, "panel_scale": ones}
+    known = [call for call in calls if call is not None]
+    return {**packed, "call": torch.stack(known)} if known else packed
+
+
+def _panels_product(codes: Tensor, packed: Mapping[str, Tensor], out_features: int) -> Tensor:
+    """int32 [tokens, out]."""
+    parts, spec = packed[_WORDS], _in_panels(out_features, codes.shape[1] // packed[_WORDS].shape[0])
+    sums = torch.zeros(codes.shape[0], out_features, dtype=torch.int32)
+    for index, columns in enumerate(codes.float().split(spec.in_features, 1)):
+        own = {"words": parts[index], "panel_scale": packed["panel_scale"]}
+        if "call" in packed:
+            own["call"] = packed["call"][index]
+        sums += _PANELS.matmul(columns, own, spec).to(torch.int32)
+    return sums
 
 
 def _blocks_product(codes: Tensor, signed: Tensor) -> Tensor:

@@ -28,13 +28,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class CpuInt8Backend:
-    """Quantized activations on a CPU, through oneDNN's product of bytes where that is exact, else by exact blocks.
+    """Quantized activations on a CPU, through oneDNN's product of bytes where that is exact, else in float32.
 
     See :mod:`quantkit.kernels.byte_product`. Checked with torch 2.13.
 
     Packed tensors:
         weight_onednn: int8 in oneDNN's own layout (a tensor without storage); where that is exact.
-        weight_packed: int8 [out, in]; elsewhere.
+        words, panel_scale, call: elsewhere, of :class:`quantkit.kernels.jit_backend.JitBackend`; or
+        weight_packed: int8 [out, in], where that cannot run.
         scale: [out, 1], the dtype that ships.
         zero_point: uint8 [out, 1]; asymmetric only.
         act_scale: float32 [1]; static activations only.
@@ -56,7 +57,7 @@ class CpuInt8Backend:
         """
         check_weight(q, spec)
         packed = {**pack_bytes(_signed(q)), **_scales(q)}
-        if not torch.equal(unpack_bytes(packed), _signed(q)):
+        if not torch.equal(unpack_bytes(packed, spec.out_features), _signed(q)):
             what = "oneDNN does not give the codes back"
             raise KernelError(message(str(spec), what, "choose backend='simulated' and report this"))
         return packed
@@ -71,7 +72,7 @@ class CpuInt8Backend:
 
     def unpack(self, packed: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedTensor:
         """See :class:`KernelBackend`."""
-        return _unpacked(unpack_bytes(packed), packed, spec)
+        return _unpacked(unpack_bytes(packed, spec.out_features), packed, spec)
 
 
 @dataclass(frozen=True, slots=True)
