@@ -20,6 +20,7 @@ from quantkit.errors import CheckpointError, message
 _MAX_CHARACTERS = 1000
 _MAX_PATTERNS = 10_000
 _MAX_REPEATS = 4096  # the product of all counts {m,n}: nested ones multiply when they are compiled
+_MAX_GROUPS = 100  # also those inside each other: how many Python's parser bears depends on what else runs
 _SECONDS = 5.0
 _GROUP = re.compile(r"\(\?(?!:|=|!|<=|<!|i\)|P<)")
 _COUNT = re.compile(r"\{(?:(\d{1,9})?(?:,(\d{1,9})?)?\})?")  # a lone brace is a count of none
@@ -116,6 +117,8 @@ def _why_not(pattern: str) -> str | None:
     """Why a pattern is not read; None when ``re`` and ``regex`` read it alike and compile it in no time."""
     if len(pattern) > _MAX_CHARACTERS:
         return f"has {len(pattern)} characters; at most {_MAX_CHARACTERS} are read"
+    if pattern.count("(") > _MAX_GROUPS:
+        return f"has {pattern.count('(')} opening brackets; at most {_MAX_GROUPS} are read"
     counts = [0 if found[0] == "{" else int(found[2] or found[1] or 1) for found in _COUNT.finditer(pattern)]
     if 0 in counts or prod(counts) > _MAX_REPEATS:
         return f"repeats by {{}} in other ways than a count, or more than {_MAX_REPEATS} times"
@@ -124,7 +127,7 @@ def _why_not(pattern: str) -> str | None:
     try:
         re.compile(pattern)
         regex.compile(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
+    except (re.error, regex.error, OverflowError) as error:
         return f"is not a regular expression ({error})"
     return None
 

@@ -35,9 +35,10 @@ GOLDEN: dict[str, tuple[dict[str, Any], float, float]] = {
 # Rounding to nearest depends on no sum. Elsewhere a sum in another order moves a code now and then, and GPTQ everything
 # after it: with ATEN_CPU_CAPABILITY=avx2, and with =default, ONEDNN_MAX_CPU_ISA=AVX2 and MKL_CBWR=COMPATIBLE together,
 # divergences moved by up to 5.4 % and perplexities by up to 0.7 %. Twice that is allowed. A method that does nothing
-# doubles the divergence. On an AMD Zen 3 the perplexity at 2 bits moved by 1.6 %, and nothing else by more than before.
+# doubles the divergence. On an AMD Zen 3 the perplexities at 2 and 3 bits moved by 1.6 and 1.5 %, and nothing else by
+# more than before.
 KL_TOLERANCE, PERPLEXITY_TOLERANCE = 0.11, 0.015
-PERPLEXITY_TOLERANCES = {"w2 refitted": 0.032}
+PERPLEXITY_TOLERANCES = {"w2 refitted": 0.032, "w3 asym gptq": 0.031}
 EXACT = {"w4 rtn"}
 
 

@@ -64,7 +64,8 @@ def test_patterns_that_are_read_mean_what_they_mean_in_re(pieces: list[tuple[str
         ("[[:alpha:]]", "a kind that is not read"),
         ("[a--b]", "a kind that is not read"),
         (r"\pL", "not a regular expression"),
-        ("(" * 400 + ")" * 400, "not a regular expression"),
+        ("(" * 400 + ")" * 400, "400 opening brackets; at most 100 are read"),
+        ("(" * 101 + ")" * 101, "101 opening brackets"),
         ("a" * 1001, "1001 characters"),
     ],
 )
@@ -73,6 +74,10 @@ def test_refused(pattern: str, said: str) -> None:
         Patterns("config.json: ignore").match(pattern, "a")
     assert str(caught.value).startswith("config.json: ignore: ")
     assert len(str(caught.value)) < 400
+
+
+def test_a_hundred_groups_are_read() -> None:
+    assert Patterns("config.json: ignore").match("(" * 100 + "a" + ")" * 100, "a")
 
 
 @pytest.mark.parametrize("pattern", ["(a|aa)+$", "(a|a)*b", "(.*a){20}b"])
