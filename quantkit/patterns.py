@@ -127,7 +127,7 @@ def _why_not(pattern: str) -> str | None:
     try:
         re.compile(pattern)
         regex.compile(pattern)
-    except (re.error, regex.error, OverflowError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression ({error})"
     return None
 

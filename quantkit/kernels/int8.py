@@ -50,7 +50,7 @@ class CpuInt8Backend:
         return why_not_int8(spec)
 
     def prepack(self, q: QuantizedTensor, spec: LinearSpec) -> dict[str, Tensor]:
-        """See :class:`KernelBackend`. The layout is oneDNN's own business, so it is proved here to be undone.
+        """See :class:`KernelBackend`. oneDNN's layout is its own business, so it is proved here to be undone.
 
         Raises:
             KernelError: also when :meth:`unpack` would not give the codes back.
@@ -58,7 +58,7 @@ class CpuInt8Backend:
         check_weight(q, spec)
         packed = {**pack_bytes(_signed(q)), **_scales(q)}
         if not torch.equal(unpack_bytes(packed, spec.out_features), _signed(q)):
-            what = "oneDNN does not give the codes back"
+            what = "its packed form does not give the codes back"
             raise KernelError(message(str(spec), what, "choose backend='simulated' and report this"))
         return packed
 
