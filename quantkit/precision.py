@@ -123,10 +123,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         upstream = gradients[0].float()
-        rows = upstream.flatten(0, -2)
+        rows = upstream.reshape(-1, weight.shape[0])
         wanted_input, wanted_weight, wanted_bias = ctx.needs_input_grad
         return (
             (upstream @ weight.float()).to(input.dtype) if wanted_input else None,
-            (rows.T @ input.float().flatten(0, -2)).to(weight.dtype) if wanted_weight else None,
+            (rows.T @ input.float().reshape(-1, weight.shape[1])).to(weight.dtype) if wanted_weight else None,
             rows.sum(0).to(weight.dtype) if wanted_bias else None,
         )

@@ -65,10 +65,12 @@ def test_only_the_gradients_that_are_asked_for() -> None:
     with forward_products():
         linear(normal(2, 16).to(BF16), weight).sum().backward()
     assert weight.grad is not None
-    x = normal(2, 16).to(BF16).requires_grad_()
-    with forward_products():
-        linear(x, weight.detach()).sum().backward()
-    assert x.grad is not None
+    for x in (normal(2, 16).to(BF16).requires_grad_(), normal(1, 16)[0].to(BF16).requires_grad_()):
+        with forward_products():
+            linear(x, weight).sum().backward()
+            linear(x, weight.detach()).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("mask", ["causal", "added", "chosen"])

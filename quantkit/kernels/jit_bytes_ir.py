@@ -228,9 +228,9 @@ class _Writer(Lines):
 
     def _products(self, codes: Sequence[str], digits: str, place: int, token: int, running: dict[str, str]) -> None:
         """Four columns' codes of all parts by each digit of a row of x, added to the running sums."""
-        lanes, byte = divmod(4 * place, self.lanes)
+        stored, byte = divmod(4 * place, self.lanes)  # digits lie in chunks of so many columns
         for digit in range(_DIGITS):
-            at = self.after(digits, (_DIGITS * lanes + digit) * self.lanes + byte)
+            at = self.after(digits, (_DIGITS * stored + digit) * self.lanes + byte)
             four = self.let(f"load i32, ptr {at}, align 1")
             for part, own in enumerate(codes):
                 total = _sum_of(token, digit, part, place % self.turns)
