@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError, CheckpointError, message
+from quantkit.precision import forward_products
 from quantkit.skeleton import Skeleton
 from quantkit.stats import LayerStats, Stat
 
@@ -149,7 +150,8 @@ class BlockInputs:
         """
         block = skeleton.blocks[index]
         call = self.calls[int(hidden.shape[1])][index]
-        return call.run(block if parameters is None else _WithParameters(block, parameters), hidden)
+        with forward_products():
+            return call.run(block if parameters is None else _WithParameters(block, parameters), hidden)
 
     def finish(self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: the logits.
@@ -162,7 +164,7 @@ class BlockInputs:
         Returns:
             [1, length, vocabulary].
         """
-        with _replaced_blocks(skeleton, _Finished(hidden, self.as_tuple)):
+        with forward_products(), _replaced_blocks(skeleton, _Finished(hidden, self.as_tuple)):
             logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
         return logits
 

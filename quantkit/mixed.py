@@ -21,6 +21,7 @@ from quantkit.errors import OutputError, RecipeError, SchemeError, message
 from quantkit.heap import map_large_blocks
 from quantkit.measuring_room import METRICS, Metric, check_room
 from quantkit.planning import make_plan
+from quantkit.precision import products_note
 from quantkit.recipe import Recipe, Rule, make_recipe, merged
 from quantkit.report import Note, Observer, ignore
 from quantkit.run import calibrate, check_length, recipe_values, with_length
@@ -186,6 +187,9 @@ def plan_mixed(
     with tempfile.TemporaryDirectory(prefix=".quantkit-plan-", dir=directory) as scratch:
         check_room(plan, units, len(wanted), kind, (num_samples, length), Path(scratch))
         data = calibrate(plan, observer)
+        products = products_note(plan.dtype, placed)
+        if products is not None:
+            observer(Note(products))
         if any(isinstance(layer.solver, AutoRound) for unit in units for layer in unit.layers):
             observer(Note("autoround tunes whole blocks: the rounding to nearest that it starts from is measured"))
         if kind == "kl" and plan.dtype != torch.float32:

@@ -15,7 +15,7 @@ from quantkit.heap import trim
 from quantkit.layer_plan import LayerPlan
 from quantkit.measuring import Measuring
 from quantkit.plan import Plan
-from quantkit.precision import forward_products, products_note
+from quantkit.precision import products_note
 from quantkit.qtensor import QuantizedTensor
 from quantkit.report import BlockRecord, BlockTuned, LayerDone, LayerRecord, Note, Observer, Stage, Step
 from quantkit.skeleton import Skeleton, assign, set_weight
@@ -56,10 +56,6 @@ class Pipeline:
         note = products_note(self.plan.dtype, self.device)
         if note is not None and self.plan.runs_blocks:
             self.observer(Note(note))
-        with forward_products():
-            return self._run()
-
-    def _run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
         blocks = len(self.skeleton.blocks)
         pending = not all(self.staging.is_done(index) for index in range(self._runner.last_measured))

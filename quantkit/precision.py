@@ -19,14 +19,14 @@ def products_in_bfloat16(factors: Tensor) -> Iterator[None]:
 
     Only where that changes nothing but the order of summation: bfloat16 factors are not rounded again, and the product
     of two is exact in float32, in which they are summed. Where ``factors`` have another dtype or lie elsewhere than on
-    the CPU, or where the CPU has no such instructions, nothing changes. Measured on one core (AMD Zen 5): the outer
+    the CPU, or where such instructions gain nothing, nothing changes. Measured on one core (AMD Zen 5): the outer
     product of 512 x 1536 takes 6.1 ms in place of 12.5.
 
     torch's switch is one for the whole process; it stands as before afterwards.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if factors.dtype == torch.bfloat16 and factors.device.type == "cpu" and _has_bfloat16():
+    if factors.dtype == torch.bfloat16 and factors.device.type == "cpu" and bfloat16_is_faster():
         matmul.fp32_precision = "bf16"
     try:
         yield
@@ -34,42 +34,44 @@ def products_in_bfloat16(factors: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-@cache
-def _has_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-PRODUCTS_IN_FLOAT32 = (
-    "linear layers in float32, each result rounded once to bfloat16: this CPU has no products of bfloat16"
-)
+PRODUCTS_IN_FLOAT32 = "linear layers in float32, each result rounded once to bfloat16: faster than bfloat16 on this CPU"
 """What :func:`products_note` says."""
 
 
 def forward_products() -> AbstractContextManager[object]:
-    """Inside, what a bfloat16 model multiplies is multiplied in float32 on a CPU whose processor has no such products.
+    """Inside, what a bfloat16 model multiplies is multiplied in float32 on a CPU where that is faster.
 
-    torch has oneDNN multiply bfloat16 where the processor can; it sums in float32 and rounds once. Elsewhere torch has
-    loops of its own: 512 x 576 by 1536 took 55 ms on one core of a Xeon held to AVX2, and 6 in float32; with its two
-    gradients 950 ms on one core of AMD's Zen 3, and 47. Here the sums are in float32 and rounded once as well, so that
-    only their order differs. A weight is in float32 only while it is multiplied. Where gradients are recorded,
-    attention is in float32 too: its gradients in bfloat16 took 200 ms there (9 heads of 64, 512 tokens), and 37.
+    512 x 576 by 1536 on one core, in bfloat16 as torch does it and in float32 with the conversions: 68 and 5.5 ms with
+    AVX2, where torch has loops of its own; 28 and 9 with AVX-512 alone, where oneDNN widens; 9.0 and 5.2 with Intel's
+    AVX512_BF16 without AMX (a Xeon, the first two by ``ONEDNN_MAX_CPU_ISA``). With both gradients 950 and 47 ms on
+    AMD's Zen 3. All sum in float32 and round once, so that only the order of summation differs. A weight is in float32
+    only while it is multiplied. Where gradients are recorded, attention is in float32 too: its gradients in bfloat16
+    took 200 ms on the Zen 3 (9 heads of 64, 512 tokens), and 37.
 
-    Nothing changes on other processors.
+    Nothing changes where bfloat16 is faster. Every function of torch that is called inside passes through Python: enter
+    it around forward passes alone.
     """
-    return nullcontext() if has_bfloat16_products() else _ProductsInFloat32()
+    return nullcontext() if bfloat16_is_faster() else _ProductsInFloat32()
 
 
 def products_note(dtype: torch.dtype, device: torch.device) -> str | None:
     """What :func:`forward_products` does to a model of this dtype there, for users; None: nothing."""
     concerned = dtype == torch.bfloat16 and device.type == "cpu"
-    return PRODUCTS_IN_FLOAT32 if concerned and not has_bfloat16_products() else None
+    return PRODUCTS_IN_FLOAT32 if concerned and not bfloat16_is_faster() else None
 
 
 @cache
-def has_bfloat16_products() -> bool:
-    """Whether torch gives products of bfloat16 on the CPU to oneDNN."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def bfloat16_is_faster() -> bool:
+    """Whether matrices are multiplied faster in bfloat16 than in float32 on this CPU, by what it is, not by a clock.
+
+    A clock would choose otherwise on a busy machine, and a resumed run would sum in another order. On x86 AMX is what
+    makes bfloat16 faster, and AMD's AVX512_BF16, twice as fast as its float32; Intel's without AMX is not.
+    """
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    of_intel = str(found.get("cpu_name", "")).startswith("Intel")
+    return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and not of_intel))
 
 
 class _ProductsInFloat32(TorchFunctionMode):

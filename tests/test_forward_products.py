@@ -1,31 +1,64 @@
-"""Linear layers of bfloat16 on a processor that cannot multiply it: oneDNN's numbers, in float32."""
+"""Linear layers of bfloat16 on a processor that is faster in float32: the same numbers, summed in another order."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import save_tiny
 from layers import normal
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from quantkit import precision
-from quantkit.precision import PRODUCTS_IN_FLOAT32, forward_products, has_bfloat16_products
+from quantkit.mixed import plan_mixed
+from quantkit.precision import PRODUCTS_IN_FLOAT32, bfloat16_is_faster, forward_products
 from quantkit.report import Event, Note
 from quantkit.run import quantize
+from quantkit.solvers.factor import Factor, factorize
 
 BF16 = torch.bfloat16
 
 
+ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else torch's own loops, which sum in bfloat16
+
+X86 = {"architecture": "x86_64"}
+AVX512 = {**X86, "cpu_name": "Intel Xeon", "avx512_f": True}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "faster"),
+    [
+        ({**X86, "cpu_name": "AMD EPYC 7R13", "avx2": True}, False),
+        (AVX512, False),
+        ({**AVX512, "avx512_bf16": True}, False),
+        ({**AVX512, "avx512_bf16": True, "amx_bf16": True}, True),
+        ({**X86, "cpu_name": "AMD EPYC 9R14", "avx512_bf16": True}, True),
+        ({"architecture": "aarch64"}, ONEDNN),
+    ],
+)
+def test_the_faster_precision_follows_from_what_the_cpu_has(
+    capabilities: dict[str, object], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert bfloat16_is_faster.__wrapped__() == faster
+
+
 @pytest.fixture
-def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
+def faster_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: True)
+
+
+@pytest.fixture
+def faster_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.usefixtures("faster_in_float32")
 def test_sums_are_in_float32_and_rounded_once(bias: bool) -> None:
     x, weight, added = normal(33, 96).to(BF16), normal(40, 96, seed=1).to(BF16), normal(1, 40, seed=2)[0].to(BF16)
     given = added if bias else None
@@ -38,11 +71,11 @@ def test_sums_are_in_float32_and_rounded_once(bias: bool) -> None:
     assert torch.equal(by_name, found)
     assert float((found != exact.to(BF16)).float().mean()) < 0.01  # sums next to the middle of two numbers
     outside = linear(x, weight, given)
-    assert float((outside != found).float().mean()) < (0.02 if has_bfloat16_products() else 1)
+    assert float((outside != found).float().mean()) < (0.02 if ONEDNN else 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.usefixtures("faster_in_float32")
 def test_gradients_are_summed_in_float32_and_rounded_once(bias: bool) -> None:
     x, weight, added = normal(66, 96), normal(40, 96, seed=1), normal(1, 40, seed=2)[0]
     upstream = normal(66, 40, seed=3).to(BF16)
@@ -59,7 +92,7 @@ def test_gradients_are_summed_in_float32_and_rounded_once(bias: bool) -> None:
         assert float((found.grad != wide.grad.to(BF16)).float().mean()) < 0.01
 
 
-@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.usefixtures("faster_in_float32")
 def test_only_the_gradients_that_are_asked_for() -> None:
     weight = normal(8, 16).to(BF16).requires_grad_()
     with forward_products():
@@ -74,7 +107,7 @@ def test_only_the_gradients_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("mask", ["causal", "added", "chosen"])
-@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.usefixtures("faster_in_float32")
 def test_attention_with_gradients_is_in_float32(mask: str) -> None:
     shape = (1, 4, 24, 16)
     narrow = [normal(4 * 24, 16, seed=i).view(shape).to(BF16).requires_grad_() for i in range(3)]
@@ -98,7 +131,7 @@ def test_attention_with_gradients_is_in_float32(mask: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["autoround", "tuning"])
-@pytest.mark.usefixtures("without_instructions")
+@pytest.mark.usefixtures("faster_in_float32")
 def test_tuning_learns_by_them(method: str, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", dtype=BF16)
     tokens = torch.randint(100, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -117,7 +150,7 @@ def test_tuning_learns_by_them(method: str, tmp_path: Path) -> None:
     assert all(block["error_after"] < block["error_before"] for block in tuned)
 
 
-@pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU has no products of bfloat16 to compare with")
+@pytest.mark.skipif(not ONEDNN, reason="this CPU has no products of bfloat16 to compare with")
 def test_a_run_is_told_and_gives_nearly_the_same_codes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """GPTQ on bfloat16: sums in another order move a code here and there."""
     model = save_tiny("llama", tmp_path / "model", dtype=BF16)
@@ -125,8 +158,7 @@ def test_a_run_is_told_and_gives_nearly_the_same_codes(tmp_path: Path, request: 
     tokens = torch.randint(100, (8, 64), generator=torch.Generator().manual_seed(0))
     runs: list[list[Event]] = [[], []]
     for index, events in enumerate(runs):
-        if index:
-            request.getfixturevalue("without_instructions")
+        request.getfixturevalue(("faster_in_bfloat16", "faster_in_float32")[index])
         quantize(model, tmp_path / str(index), recipe=recipe, tokens=list(tokens), observer=events.append, device="cpu")
     assert [sum(event == Note(PRODUCTS_IN_FLOAT32) for event in events) for events in runs] == [0, 1]
     first, second = (_tensors(tmp_path / str(i)) for i in (0, 1))
@@ -136,9 +168,62 @@ def test_a_run_is_told_and_gives_nearly_the_same_codes(tmp_path: Path, request: 
     assert changed < 0.02 * sum(8 * first[name].numel() for name in words)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("metric", ["hessian", "kl"])
+@pytest.mark.usefixtures("faster_in_float32")
+def test_a_plan_measures_with_them_and_says_so(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    widened = _count_widened(monkeypatch)
+    events: list[Event] = []
+    found = plan_mixed(
+        "builtin",
+        bits=4.5,
+        schemes=["w3a16_g64", "w8a16_g64"],
+        metric=metric,
+        recipe={"method": "rtn"},
+        num_samples=1,
+        sequence_length=32,
+        device="cpu",
+        observer=events.append,
+    )
+    assert found.allocation.loss > 0
+    assert events.count(Note(PRODUCTS_IN_FLOAT32)) == 1
+    assert widened
+
+
+@pytest.mark.usefixtures("faster_in_float32")
+def test_the_solver_runs_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of them every function of torch passes through Python, and a solver calls many."""
+    inside: list[bool] = []
+
+    def watched(*args: Any) -> Factor:
+        inside.append(torch._C._is_torch_function_mode_enabled())
+        return factorize(*args)
+
+    monkeypatch.setattr("quantkit.solvers.gptq.factorize", watched)
+    model = save_tiny("llama", tmp_path / "model", dtype=BF16)
+    tokens = [torch.arange(32)]
+    widened = _count_widened(monkeypatch)
+    quantize(model, tmp_path / "out", recipe={"scheme": "w4a16_g32", "method": "gptq"}, tokens=tokens, device="cpu")
+    assert widened
+    assert inside
+    assert not any(inside)
+
+
+def _count_widened(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Filled with the shape of each weight that is multiplied in float32 from now on."""
+    found: list[torch.Size] = []
+    before = precision._Linear.forward
+
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found.append(weight.shape)
+        return before(ctx, input, weight, bias)
+
+    monkeypatch.setattr(precision._Linear, "forward", staticmethod(forward))
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def _nibbles(words: torch.Tensor) -> torch.Tensor:
+def _nibbles(words: Tensor) -> Tensor:
     return (words[..., None] >> torch.arange(0, 32, 4)) & 15

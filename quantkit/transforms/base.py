@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit.precision import forward_products
 from quantkit.scheme import QuantScheme
 from quantkit.stats import LayerStats, Stat
 from quantkit.structure import Heads, ScaleGroup
@@ -74,7 +75,8 @@ class Call:
 
     def run(self, module: nn.Module) -> Tensor:
         """The module's output; the first one where there are several."""
-        output = module(*self.args, **self.kwargs)
+        with forward_products():
+            output = module(*self.args, **self.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
