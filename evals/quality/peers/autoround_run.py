@@ -36,11 +36,11 @@ def main() -> None:
     args = parser.parse_args()
 
     from auto_round import AutoRound
-    from products import multiply_in_float32_where_needed
+    from products import multiply_in_float32_where_faster
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    multiply_in_float32_where_needed()
+    multiply_in_float32_where_faster()
     tokens = load_file(args.tokens)["tokens"]
     options: dict[str, Any] = {
         "default": {},

@@ -41,10 +41,10 @@ def main() -> None:
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import GPTAQConfig
-    from products import multiply_in_float32_where_needed
+    from products import multiply_in_float32_where_faster
     from safetensors.torch import load_file
 
-    multiply_in_float32_where_needed()
+    multiply_in_float32_where_faster()
     choices: dict[str, dict[str, Any]] = {
         "gptq": {},
         "gptq-mse": {"mse": 2.0},

@@ -52,11 +52,11 @@ def main() -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from products import multiply_in_float32_where_needed
+    from products import multiply_in_float32_where_faster
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    multiply_in_float32_where_needed()
+    multiply_in_float32_where_faster()
     if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = _unpinned  # type: ignore[assignment,method-assign]  # AWQ pins memory: needs an accelerator
     tokens = load_file(args.tokens)["tokens"]
