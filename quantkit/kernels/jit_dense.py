@@ -22,10 +22,15 @@ from quantkit.kernels.jit_targets import Target
 from quantkit.kernels.jit_text import Kind
 from quantkit.kernels.jit_threads import parts, run
 from quantkit.kernels.panels import PANEL
+from quantkit.precision import bfloat16_is_faster
 
 _DENSE_WEIGHTS = BLOCK_WEIGHTS
 # Ratios to F.linear in bfloat16 on a busy Xeon, W4 g64 of 4096 x 4096: the kernels 1.19 at 128 rows and 0.58 at 512.
 _MANY_FOR_AMX = 320
+# For pairs of bfloat16 where torch multiplies the blocks in float32. 4096 x 4096, g64, on one core of a Xeon without
+# AMX, ms of CPU time, kernels / blocks in bfloat16 / in float32: W4 19/21/18 at 48 rows, 34/39/26 at 96, 94/93/56 at
+# 256; W8 24/17/15 at 32 rows.
+_MANY_FOR_FLOAT32 = 48
 
 
 def pays(rows: int, bits: int, group: int, dtype: torch.dtype) -> bool:
@@ -39,6 +44,8 @@ def pays(rows: int, bits: int, group: int, dtype: torch.dtype) -> bool:
     """
     target = target_here()
     many = target.many_pairs if multiplies_bfloat16(dtype) else target.many_rows
+    if multiplies_bfloat16(dtype) and _dtype_of_blocks(dtype) == torch.float32:
+        many = _MANY_FOR_FLOAT32
     if fits(dtype, group):
         many = _MANY_FOR_AMX
     return many is not None and rows * (1 if bits <= 4 else 2) >= many
@@ -49,10 +56,10 @@ def product_of_many(
 ) -> Tensor:
     """``x @ Wᵀ``, as :func:`quantkit.kernels.jit.product` has it.
 
-    bfloat16 is multiplied with weights that are rounded to bfloat16 where the processor multiplies it; all else in
+    bfloat16 is multiplied with weights that are rounded to bfloat16 where the processor is faster in it; all else in
     float32.
     """
-    dtype = x.dtype if multiplies_bfloat16(x.dtype) else torch.float32
+    dtype = _dtype_of_blocks(x.dtype)
     own = x.to(dtype)
     y = x.new_empty(x.shape[0], out_features)
     for start, stop in row_blocks(out_features, x.shape[1], PANEL, _DENSE_WEIGHTS):
@@ -63,12 +70,17 @@ def product_of_many(
     return y
 
 
+def _dtype_of_blocks(dtype: torch.dtype) -> torch.dtype:
+    """What x of this dtype and blocks of the weight are multiplied in."""
+    return dtype if multiplies_bfloat16(dtype) and bfloat16_is_faster() else torch.float32
+
+
 def dense(words: Tensor, scale: Tensor, zeros: Tensor | None, bits: int, first: int, weight: Tensor) -> None:
     """Writes the dense weight of some panels, rounded once; arguments as for :func:`quantkit.kernels.jit.product`.
 
     Args:
         first: panel.
-        weight: gets it: [16 * panels, in], at least one panel; float32, or bfloat16 where it is multiplied.
+        weight: gets it: [16 * panels, in], at least one panel; float32, or bfloat16 where the target multiplies it.
     """
     words, scale, zeros = weight_in_line(words, scale, zeros)
     panels, groups = weight.shape[0] // PANEL, scale.shape[1]
