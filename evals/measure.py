@@ -142,8 +142,9 @@ def _of_cpu(key: str) -> str:
 
 
 def _widest(flags: Sequence[str]) -> str:
-    """Of the vector instructions that /proc/cpuinfo names."""
-    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    """Of the instructions for vectors and matrices that /proc/cpuinfo names."""
+    kinds = (("amx_bf16", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+    return next((name for flag, name in kinds if flag in flags), "")
 
 
 def _cpuinfo() -> list[str]:

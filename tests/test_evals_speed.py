@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 EVALS = Path(__file__).resolve().parent.parent / "evals"
-WHERE = {"date": "d", "cores": 1, "cpu": "c", "threads": "1", "load_average_at_start": 0.0, "torch": "t"}
+WHERE = {
+    "date": "d",
+    "cores": 1,
+    "cpu": "c",
+    "instructions": "AMX",
+    "threads": "1",
+    "load_average_at_start": 0.0,
+    "torch": "t",
+}
 WHERE |= {"transformers": "t", "quantkit": "q"}
 
 
@@ -259,12 +267,19 @@ def test_the_torch_worker_decodes_a_quantized_model(tmp_path: Path) -> None:
 
 
 def test_each_kind_of_cpu_has_its_own_table() -> None:
+    import measure
     from speed import linear, study
 
     case = {"shape": [2, 4], "tokens": 1, "seconds": {linear.BASE: [1.0, 2.0, 3.0]}, "read_bytes_per_second": 100.0}
     found = {"cases": [{**case, "nbytes": {linear.BASE: 20}}], "rounds": 3, "where": WHERE}
-    text = study.render({"linear": {"AVX512": found, "AVX2": {**found, "where": WHERE | {"cpu": "d"}}}, "decode": {}})
-    assert text.index("### c, AVX512\n") < text.index("### d, AVX2\n")
+    other = {**found, "where": WHERE | {"cpu": "d", "instructions": "AVX2"}}
+    flags = ["fma", "avx2", "avx512f", "amx_bf16"]
+    assert [measure._widest(flags[:count]) for count in (1, 2, 3, 4)] == ["", "AVX2", "AVX-512", "AMX"]
+    capability = torch.backends.cpu.get_cpu_capability()  # of torch's own loops, which have none for matrices
+    assert measure.surroundings()["instructions"].replace("AMX", "AVX-512") == {"AVX512": "AVX-512"}.get(
+        capability, capability
+    )
+    text = study.render({"linear": {"AMX": found, "AVX2": other}, "decode": {}})
+    assert text.index("### c, AMX\n") < text.index("### d, AVX2\n")
     assert text.count("| 1 token | 2x4 |") == 2
     assert study.shape_of("1536x576") == (1536, 576)
-    assert linear.instructions() == torch.backends.cpu.get_cpu_capability()

@@ -72,11 +72,6 @@ def study(rounds: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, 
     return results
 
 
-def instructions() -> str:
-    """What torch uses of this CPU: AVX2, AVX512, ..."""
-    return torch.backends.cpu.get_cpu_capability()
-
-
 def one_shape(rows: int, columns: int, rounds: int) -> list[dict[str, Any]]:
     """A case for each number of tokens."""
     source = random_linear(rows, columns, torch.bfloat16)

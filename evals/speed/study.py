@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from measure import processor
 from table import replace_results
 
 from speed import decode, gpu, linear
@@ -30,12 +31,13 @@ def main() -> None:
     args = parse_arguments()
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if args.study == "linear":
-        results["linear"][linear.instructions()] = linear.study(args.rounds, [shape_of(name) for name in args.shapes])
+        found = linear.study(args.rounds, [shape_of(name) for name in args.shapes])
+        results["linear"][found["where"]["instructions"]] = found
     elif args.study == "gpu":
         results["gpu"] = gpu.study(args.rounds)
     else:
         found = decode.study(decode.Setting(args.models, args.llama_cpp, tuple(args.only)), args.rounds)
-        results["decode"].setdefault(args.name, {})[linear.instructions()] = found
+        results["decode"].setdefault(args.name, {})[found["where"]["instructions"]] = found
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     replace_results(README, render(results))
 
@@ -65,12 +67,12 @@ def shape_of(name: str) -> tuple[int, int]:
 def render(results: dict[str, Any]) -> str:
     """What README.md says of the results, in Markdown."""
     text = "## One linear layer on the CPU\n"
-    for instructions, found in results["linear"].items():
-        text += f"\n### {found['where']['cpu']}, {instructions}\n\n" + linear.render(found)
+    for found in results["linear"].values():
+        text += f"\n### {processor(found['where'])}\n\n" + linear.render(found)
     for name, of_model in results["decode"].items():
         text += f"\n## {name} decodes on the CPU\n"
-        for instructions, found in of_model.items():
-            text += f"\n### {found['where']['cpu']}, {instructions}\n\n" + decode.render(found)
+        for found in of_model.values():
+            text += f"\n### {processor(found['where'])}\n\n" + decode.render(found)
     gpus = results.get("gpu")
     told = (
         "Not run yet: the machines that this repository was made on have no GPU.\n"
