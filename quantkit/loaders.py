@@ -237,14 +237,14 @@ def broken(rules: Sequence[Rule], layers: Iterable[LayerFacts]) -> list[tuple[Ru
     return [(rule, found[rule.id]) for rule in rules if rule.id in found]
 
 
-def places(names: Sequence[str]) -> str:
-    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``."""
+def places(names: Sequence[str], most: int = _PLACES_SHOWN) -> str:
+    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``; so many words."""
     counts: dict[str, int] = {}
     for name in names:
         counts[collapsed_name(name)] = counts.get(collapsed_name(name), 0) + 1
     shown = [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
-    more = len(shown) - _PLACES_SHOWN
-    return ", ".join(shown[:_PLACES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 @cache

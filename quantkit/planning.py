@@ -254,7 +254,7 @@ def _check_shapes(checkpoint: Checkpoint, layers: tuple[LayerPlan, ...]) -> None
         if reason is not None:
             wrong.setdefault(reason, []).append(layer.info.name)
     if wrong:
-        raise SchemeError(" | ".join(f"{', '.join(names)}: {reason}" for reason, names in wrong.items()))
+        raise SchemeError(" | ".join(f"{places(names, len(names))}: {reason}" for reason, names in wrong.items()))
 
 
 def _check_format(fmt: CheckpointFormat, layers: tuple[LayerPlan, ...]) -> None:
