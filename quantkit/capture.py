@@ -150,7 +150,7 @@ class BlockInputs:
         """
         block = skeleton.blocks[index]
         call = self.calls[int(hidden.shape[1])][index]
-        with forward_products():
+        with forward_products(hidden.device):
             return call.run(block if parameters is None else _WithParameters(block, parameters), hidden)
 
     def finish(self, skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class BlockInputs:
         Returns:
             [1, length, vocabulary].
         """
-        with forward_products(), _replaced_blocks(skeleton, _Finished(hidden, self.as_tuple)):
+        with forward_products(hidden.device), _replaced_blocks(skeleton, _Finished(hidden, self.as_tuple)):
             logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
         return logits
 

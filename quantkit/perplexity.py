@@ -196,7 +196,7 @@ def score_models(
         CheckpointError: vocabularies of different sizes, or NaN or infinite logits.
     """
     tallies = [_Tally() for _ in models]
-    with torch.inference_mode(), forward_products():
+    with torch.inference_mode(), forward_products(*(model.device for _, model in models)):
         _warm_up(models, windows.batch(tokens, range(min(batch_size, windows.count))))
         for start in range(0, windows.count, batch_size):
             rows = range(start, min(start + batch_size, windows.count))

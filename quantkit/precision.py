@@ -38,8 +38,11 @@ PRODUCTS_IN_FLOAT32 = "linear layers in float32, each result rounded once to bfl
 """What :func:`products_note` says."""
 
 
-def forward_products() -> AbstractContextManager[object]:
+def forward_products(*devices: torch.device) -> AbstractContextManager[object]:
     """Inside, what a bfloat16 model multiplies is multiplied in float32 on a CPU where that is faster.
+
+    Args:
+        devices: that models run on inside; nothing changes where none is a CPU.
 
     512 x 576 by 1536 on one core, in bfloat16 as torch does it and in float32 with the conversions: 68 and 5.5 ms with
     AVX2, where torch has loops of its own; 28 and 9 with AVX-512 alone, where oneDNN widens; 9.0 and 5.2 with Intel's
@@ -51,7 +54,8 @@ def forward_products() -> AbstractContextManager[object]:
     Nothing changes where bfloat16 is faster. Every function of torch that is called inside passes through Python: enter
     it around forward passes alone.
     """
-    return nullcontext() if bfloat16_is_faster() else _ProductsInFloat32()
+    on_cpu = any(device.type == "cpu" for device in devices)
+    return _ProductsInFloat32() if on_cpu and not bfloat16_is_faster() else nullcontext()
 
 
 def products_note(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -20,7 +20,7 @@ from quantkit.report import Event, Note
 from quantkit.run import quantize
 from quantkit.solvers.factor import Factor, factorize
 
-BF16 = torch.bfloat16
+BF16, CPU = torch.bfloat16, torch.device("cpu")
 
 
 ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else torch's own loops, which sum in bfloat16
@@ -57,13 +57,21 @@ def faster_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
 
 
+@pytest.mark.usefixtures("faster_in_float32")
+def test_models_on_other_devices_do_not_pass_through_python() -> None:
+    gpu = torch.device("cuda")
+    for devices, entered in (((CPU,), True), ((gpu, CPU), True), ((gpu,), False), ((), False)):
+        with forward_products(*devices):
+            assert torch._C._is_torch_function_mode_enabled() == entered
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.usefixtures("faster_in_float32")
 def test_sums_are_in_float32_and_rounded_once(bias: bool) -> None:
     x, weight, added = normal(33, 96).to(BF16), normal(40, 96, seed=1).to(BF16), normal(1, 40, seed=2)[0].to(BF16)
     given = added if bias else None
     exact = x.double() @ weight.double().T + (added.double() if bias else 0)
-    with torch.no_grad(), forward_products():
+    with torch.no_grad(), forward_products(CPU):
         found = linear(x, weight, given)
         wide = linear(x.float(), weight.float())
         by_name = linear(input=x, weight=weight, bias=given)
@@ -82,7 +90,7 @@ def test_gradients_are_summed_in_float32_and_rounded_once(bias: bool) -> None:
     arguments = [tensor.to(BF16) for tensor in (x.view(2, 33, 96), weight, added)[: 2 + bias]]
     narrow = [tensor.clone().requires_grad_() for tensor in arguments]
     exact = [tensor.double().requires_grad_() for tensor in arguments]
-    with forward_products():
+    with forward_products(CPU):
         linear(*narrow).backward(upstream.view(2, 33, 40))
     linear(*exact).backward(upstream.view(2, 33, 40).double())
     for found, wide in zip(narrow, exact, strict=True):
@@ -95,11 +103,11 @@ def test_gradients_are_summed_in_float32_and_rounded_once(bias: bool) -> None:
 @pytest.mark.usefixtures("faster_in_float32")
 def test_only_the_gradients_that_are_asked_for() -> None:
     weight = normal(8, 16).to(BF16).requires_grad_()
-    with forward_products():
+    with forward_products(CPU):
         linear(normal(2, 16).to(BF16), weight).sum().backward()
     assert weight.grad is not None
     for x in (normal(2, 16).to(BF16).requires_grad_(), normal(1, 16)[0].to(BF16).requires_grad_()):
-        with forward_products():
+        with forward_products(CPU):
             linear(x, weight).sum().backward()
             linear(x, weight.detach()).sum().backward()
         assert x.grad is not None
@@ -116,7 +124,7 @@ def test_attention_with_gradients_is_in_float32(mask: str) -> None:
     added = torch.zeros(24, 24, dtype=BF16).masked_fill(~seen, -torch.inf)
     given = {"causal": None, "added": added, "chosen": seen}[mask]
     q, k, v = narrow
-    with forward_products():
+    with forward_products(CPU):
         found = scaled_dot_product_attention(q, k, v, given, is_causal=given is None)
     q, k, v = exact
     wide = scaled_dot_product_attention(q, k, v, seen)

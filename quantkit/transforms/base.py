@@ -75,7 +75,7 @@ class Call:
 
     def run(self, module: nn.Module) -> Tensor:
         """The module's output; the first one where there are several."""
-        with forward_products():
+        with forward_products(next(module.parameters()).device):
             output = module(*self.args, **self.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
