@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import save_tiny
 from layers import normal
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from quantkit import precision
@@ -21,8 +23,7 @@ from quantkit.run import quantize
 from quantkit.solvers.factor import Factor, factorize
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-
-
+OF_PEERS = Path(__file__).parent.parent / "evals" / "quality" / "peers" / "products.py"
 ONEDNN = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else torch's own loops, which sum in bfloat16
 
 X86 = {"architecture": "x86_64"}
@@ -45,6 +46,32 @@ def test_the_faster_precision_follows_from_what_the_cpu_has(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert bfloat16_is_faster.__wrapped__() == faster
+    assert runpy.run_path(str(OF_PEERS))["_bfloat16_is_faster"]() == faster
+
+
+@pytest.mark.usefixtures("faster_in_float32")
+def test_peers_of_the_quality_study_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX512)
+    given = normal(12, 16).view(1, 3, 4, 16).to(BF16), normal(40, 16, seed=1).to(BF16)
+    found: list[list[Tensor]] = []
+    for ours in (True, False):
+        x, weight = (tensor.clone().requires_grad_() for tensor in given)
+        with monkeypatch.context() as patch:
+            if not ours:
+                for name in ("linear", "scaled_dot_product_attention"):
+                    patch.setattr(functional, name, getattr(functional, name))  # what is put there goes with the patch
+                runpy.run_path(str(OF_PEERS))["multiply_in_float32_where_faster"]()
+            with forward_products(*[CPU] * ours):
+                attended = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+                y = functional.linear(attended, weight)
+            y.sum().backward()
+        assert x.grad is not None
+        assert weight.grad is not None
+        found.append([attended, y, x.grad, weight.grad])
+    for mine, of_peers in zip(*found, strict=True):
+        assert torch.allclose(mine.float(), of_peers.float(), rtol=2**-7, atol=1e-3)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.fixture

@@ -43,7 +43,9 @@ def _is_concerned(factor: object) -> bool:
 
 
 def _bfloat16_is_faster() -> bool:
-    """As quantkit.precision.bfloat16_is_faster, for x86."""
+    """As quantkit.precision.bfloat16_is_faster; a test holds them together."""
     found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     of_intel = str(found.get("cpu_name", "")).startswith("Intel")
     return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and not of_intel))
