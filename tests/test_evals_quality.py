@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit.source import resolve_model
+from quantkit.source import open_tokenizer, resolve_model
+from quantkit.text import evaluation_text
 
 EVALS = Path(__file__).resolve().parent.parent / "evals"
 
@@ -164,8 +165,10 @@ def test_pairs_are_scored_as_perplexity_scores_them(tmp_path: Path) -> None:
     for bits in (3, 8):
         quantkit.quantize(model, tmp_path / f"w{bits}", recipe={"scheme": f"w{bits}a16_g64_asym", "method": "rtn"})
     paths = [tmp_path / "w8", tmp_path / "w3"]
-    windows = list(read_windows(model, text, 3))
+    windows = list(read_windows(model, str(text), 3))
     assert [list(window.shape) for window in windows] == [[1, 512]] * 3
+    ids = open_tokenizer(model)(evaluation_text("builtin").text, verbose=False)["input_ids"]
+    assert torch.cat([w[0] for w in read_windows(model, "builtin", 2)]).tolist() == ids[:1024]
     found = score(model, paths, windows)
     half = tmp_path / "second_half.txt"
     half.write_text(text.read_text()[text.read_text().index("\n", len(text.read_text()) // 2) + 1 :])

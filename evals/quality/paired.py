@@ -1,6 +1,7 @@
 """Quantized checkpoints of one model on the same windows: what separates them, and the errors of that.
 
     cd evals && python -m quality.paired DENSE FIRST OTHER... --text wikitext2/valid.txt
+    cd evals && python -m quality.paired builtin FIRST OTHER... --text builtin --windows 163
 
 The errors in the study's table are those of a text: another text moves all rows alike. What separates two rows is how
 their difference spreads from window to window, which this prints: mean and standard error of the difference of the
@@ -23,7 +24,7 @@ from table import markdown
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.source import open_tokenizer
+from quantkit.source import open_tokenizer, resolve_model
 from quantkit.text import evaluation_text
 
 LENGTH = 512  # as in study.py
@@ -39,9 +40,9 @@ class Scores:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What separates quantized checkpoints of one model.")
-    parser.add_argument("dense", type=Path, help="the model before")
+    parser.add_argument("dense", type=resolve_model, help="the model before, a directory or builtin")
     parser.add_argument("models", nargs="+", type=Path, help="quantized; differences are from the first of them")
-    parser.add_argument("--text", type=Path, required=True, help="its second half is scored")
+    parser.add_argument("--text", required=True, help="its second half is scored; or builtin")
     parser.add_argument("--windows", type=int, default=64, help=f"windows of {LENGTH} tokens")
     args = parser.parse_args()
     windows = list(read_windows(args.dense, args.text, args.windows))
@@ -49,10 +50,10 @@ def main() -> None:
     print(f"{len(windows)} windows of {LENGTH} tokens.")
 
 
-def read_windows(model: Path, text: Path, limit: int) -> Iterator[Tensor]:
+def read_windows(model: Path, text: str, limit: int) -> Iterator[Tensor]:
     """The study's windows, int64 [1, LENGTH] each."""
     with tempfile.TemporaryDirectory() as directory:
-        read = evaluation_text(str(halves(text, Path(directory))[1]))
+        read = evaluation_text(text if text == "builtin" else str(halves(Path(text), Path(directory))[1]))
     tokens = torch.tensor(open_tokenizer(model)(read.text, verbose=False)["input_ids"])
     yield from tokens[: len(tokens) // LENGTH * LENGTH].view(-1, 1, LENGTH)[:limit]
 
