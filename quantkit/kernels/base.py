@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from quantkit.errors import KernelError, message
 from quantkit.grid import dequantize
 from quantkit.kernels.order import has_uneven_groups
+from quantkit.precision import bfloat16_is_faster
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -185,6 +186,24 @@ def linear_by_rows(
         ``spec.dtype`` [tokens, out].
     """
     y = x.new_empty(x.shape[0], spec.out_features)
+    product = _wide_linear if _is_faster_wide(x) else linear
     for start, stop in row_blocks(spec.out_features, spec.in_features, multiple):
-        y[:, start:stop] = linear(x, dequantize(rows(start, stop), spec.dtype))
+        y[:, start:stop] = product(x, dequantize(rows(start, stop), spec.dtype))
     return y
+
+
+def _is_faster_wide(x: Tensor) -> bool:
+    """Whether bfloat16 rows are multiplied faster in float32, the weight's conversion included.
+
+    Milliseconds of CPU time for a W4 layer of 2048 x 2048 with 256 rows, in bfloat16 and in float32, dequantizing
+    included: 170/39 with AVX2, 117/65 with AVX-512, 75/58 with Intel's AVX512_BF16 without AMX; the same at 32 rows.
+    """
+    if torch.compiler.is_compiling():  # asking for the CPU's capabilities would break the graph
+        return False
+    many = x.shape[0] >= 32
+    return many and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not bfloat16_is_faster()
+
+
+def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weightᵀ``, rounded once from float32, in which torch sums bfloat16 too."""
+    return linear(x.float(), weight.float()).to(x.dtype)

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import assert_same, error_ratio, exact_weight, random_weight, schemes, weights
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import KernelError
-from quantkit.kernels import LinearSpec, ReferenceBackend
+from quantkit.kernels import LinearSpec, ReferenceBackend, base
+from quantkit.linear import QuantLinear
 from quantkit.packing import packed_words
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
@@ -68,6 +70,37 @@ def test_error_is_torchs_own(dtype: torch.dtype, symmetric: bool) -> None:
     x = (1 + torch.randn(37, 360, generator=torch.Generator().manual_seed(2))).to(dtype)
     spec = LinearSpec.of(q, dtype)
     assert error_ratio(BACKEND.matmul(x, BACKEND.prepack(q, spec), spec), x, q) <= 2
+
+
+@pytest.mark.parametrize("faster", [True, False], ids=["bfloat16", "float32"])
+def test_many_rows_are_multiplied_in_the_faster_precision(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "bfloat16_is_faster", lambda: faster)
+    multiplied: list[torch.dtype] = []
+
+    def spy(x: Tensor, weight: Tensor) -> Tensor:
+        multiplied.append(weight.dtype)
+        return linear(x, weight)
+
+    monkeypatch.setattr(base, "linear", spy)
+    q = random_weight(QuantScheme(4, 64), 96, 256)
+    for rows, dtype, expected in (
+        (64, torch.bfloat16, torch.bfloat16 if faster else torch.float32),
+        (4, torch.bfloat16, torch.bfloat16),
+        (64, torch.float16, torch.float16),
+    ):
+        spec = LinearSpec.of(q, dtype)
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        y = BACKEND.matmul(x, BACKEND.prepack(q, spec), spec)
+        assert (multiplied.pop(), y.dtype) == (expected, dtype)
+        assert error_ratio(y, x, q) <= 2
+
+
+def test_many_rows_are_one_compiled_graph() -> None:
+    layer = QuantLinear.from_linear(torch.nn.Linear(128, 48).bfloat16(), "w4a16_g64", backend="reference")
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.inference_mode():
+        wanted, found = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.allclose(found.float(), wanted.float(), rtol=2**-7, atol=2**-7)
 
 
 def test_a_layer_of_several_blocks_is_never_dense_as_a_whole() -> None:
