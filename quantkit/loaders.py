@@ -238,7 +238,7 @@ def broken(rules: Sequence[Rule], layers: Iterable[LayerFacts]) -> list[tuple[Ru
 
 
 def places(names: Sequence[str], most: int = _PLACES_SHOWN) -> str:
-    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``; so many words."""
+    """Layers of one name but for their indices in one word: ``model.layers.*.mlp.up_proj (12)``; ``most`` words."""
     counts: dict[str, int] = {}
     for name in names:
         counts[collapsed_name(name)] = counts.get(collapsed_name(name), 0) + 1

@@ -60,8 +60,17 @@ def forward_products(*devices: torch.device) -> AbstractContextManager[object]:
 
 def products_note(dtype: torch.dtype, device: torch.device) -> str | None:
     """What :func:`forward_products` does to a model of this dtype there, for users; None: nothing."""
-    concerned = dtype == torch.bfloat16 and device.type == "cpu"
-    return PRODUCTS_IN_FLOAT32 if concerned and not bfloat16_is_faster() else None
+    return PRODUCTS_IN_FLOAT32 if float32_is_faster(dtype, device) else None
+
+
+def float32_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices of this dtype, there, are bfloat16 that is multiplied faster in float32."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not bfloat16_is_faster()
+
+
+def linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer, summed in float32 and rounded once to the weight's dtype; see :class:`_Linear` for gradients."""
+    return linear(input.float(), weight.float(), None if bias is None else bias.float()).to(weight.dtype)
 
 
 @cache
@@ -122,8 +131,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
-        wide = linear(input.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(weight.dtype)
+        return linear_in_float32(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """Quantized checkpoints of one model on the same windows: what separates them, and the errors of that.
 
     cd evals && python -m quality.paired DENSE FIRST OTHER... --text wikitext2/valid.txt
-    cd evals && python -m quality.paired builtin FIRST OTHER... --text builtin --windows 163
+    cd evals && python -m quality.paired builtin FIRST OTHER... --text builtin --windows 164
 
 The errors in the study's table are those of a text: another text moves all rows alike. What separates two rows is how
 their difference spreads from window to window, which this prints: mean and standard error of the difference of the

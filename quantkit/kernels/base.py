@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from quantkit.errors import KernelError, message
 from quantkit.grid import dequantize
 from quantkit.kernels.order import has_uneven_groups
-from quantkit.precision import bfloat16_is_faster
+from quantkit.precision import float32_is_faster, linear_in_float32
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import QuantScheme
 
@@ -186,7 +186,7 @@ def linear_by_rows(
         ``spec.dtype`` [tokens, out].
     """
     y = x.new_empty(x.shape[0], spec.out_features)
-    product = _wide_linear if _is_faster_wide(x) else linear
+    product = linear_in_float32 if _is_faster_wide(x) else linear
     for start, stop in row_blocks(spec.out_features, spec.in_features, multiple):
         y[:, start:stop] = product(x, dequantize(rows(start, stop), spec.dtype))
     return y
@@ -200,10 +200,4 @@ def _is_faster_wide(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():  # asking for the CPU's capabilities would break the graph
         return False
-    many = x.shape[0] >= 32
-    return many and x.dtype == torch.bfloat16 and x.device.type == "cpu" and not bfloat16_is_faster()
-
-
-def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weightᵀ``, rounded once from float32, in which torch sums bfloat16 too."""
-    return linear(x.float(), weight.float()).to(x.dtype)
+    return x.shape[0] >= 32 and float32_is_faster(x.dtype, x.device)

@@ -42,12 +42,13 @@ def pays(rows: int, bits: int, group: int, dtype: torch.dtype) -> bool:
         group: columns that share a scale.
         dtype: of x.
     """
-    target = target_here()
-    many = target.many_pairs if multiplies_bfloat16(dtype) else target.many_rows
-    if multiplies_bfloat16(dtype) and _dtype_of_blocks(dtype) == torch.float32:
-        many = _MANY_FOR_FLOAT32
+    many: int | None
     if fits(dtype, group):
         many = _MANY_FOR_AMX
+    elif not multiplies_bfloat16(dtype):
+        many = target_here().many_rows
+    else:
+        many = target_here().many_pairs if bfloat16_is_faster() else _MANY_FOR_FLOAT32
     return many is not None and rows * (1 if bits <= 4 else 2) >= many
 
 

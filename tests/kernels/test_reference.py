@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantkit import precision
 from quantkit.errors import KernelError
 from quantkit.kernels import LinearSpec, ReferenceBackend, base
 from quantkit.linear import QuantLinear
@@ -74,14 +75,15 @@ def test_error_is_torchs_own(dtype: torch.dtype, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("faster", [True, False], ids=["bfloat16", "float32"])
 def test_many_rows_are_multiplied_in_the_faster_precision(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "bfloat16_is_faster", lambda: faster)
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: faster)
     multiplied: list[torch.dtype] = []
 
-    def spy(x: Tensor, weight: Tensor) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         multiplied.append(weight.dtype)
-        return linear(x, weight)
+        return linear(x, weight, bias)
 
-    monkeypatch.setattr(base, "linear", spy)
+    for module in (base, precision):
+        monkeypatch.setattr(module, "linear", spy)
     q = random_weight(QuantScheme(4, 64), 96, 256)
     for rows, dtype, expected in (
         (64, torch.bfloat16, torch.bfloat16 if faster else torch.float32),
